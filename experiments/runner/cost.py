@@ -1,0 +1,105 @@
+"""What a computation costs: operations and bytes from the compiled program, seconds from timing things in turn."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from experiments.runner import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+    """Static cost of one compiled program.
+
+    Attributes:
+        flops: floating-point operations as the compiler counts them. The body of a loop is counted once, whatever its
+            trip count: for a `lax.scan` over steps this is the cost of one step.
+        peak_bytes: arguments, outputs that do not reuse an argument's memory, and temporaries.
+        compile_s: seconds spent in tracing, lowering and compiling.
+    """
+
+    flops: float | None
+    peak_bytes: int | None
+    compile_s: float
+
+
+def compile_with_cost(function: Any, *arguments: Any) -> tuple[Any, ProgramCost]:
+    """Compile a jitted ``function`` for ``arguments`` ahead of time; return the executable and its `ProgramCost`."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    return compiled, ProgramCost(_flops(compiled), _peak_bytes(compiled), seconds)
+
+
+def _flops(compiled: Any) -> float | None:
+    analysis = compiled.cost_analysis()  # None where a backend offers none
+    if isinstance(analysis, (list, tuple)):
+        analysis = analysis[0] if analysis else None
+    flops = (analysis or {}).get("flops")
+    return float(flops) if flops is not None and flops >= 0 else None
+
+
+def _peak_bytes(compiled: Any) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Total bytes of the arrays (or shape structs) in a pytree, all shards together."""
+    return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender: all repeats, in order."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+
+def time_in_turn(
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: int = 15, min_seconds: float = 0.02
+) -> dict[str, Timing]:
+    """Time several functions in turn: A B C A B C ..., after one warm-up call of each.
+
+    Noise of a shared machine then falls on all of them alike. A call that is too short for the clock is repeated inside
+    one measurement until it lasts about ``min_seconds``. Results are awaited with `jax.block_until_ready`.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    loops = {}
+    for name, call in contenders.items():
+        jax.block_until_ready(call())  # compiles
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        loops[name] = max(1, int(min_seconds / max(time.perf_counter() - start, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            for _ in range(loops[name]):
+                result = call()
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - start) / loops[name])
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(timings: Mapping[str, Timing], top: str, bottom: str) -> tuple[float, tuple[float, float] | None]:
+    """Median of ``top`` over median of ``bottom``, with its bootstrap interval over turns."""
+    value = timings[top].median / timings[bottom].median
+    return value, stats.bootstrap_ratio(timings[top].seconds, timings[bottom].seconds)

@@ -1,0 +1,44 @@
+"""Shared set-up of the suite: eight CPU devices, a persistent compilation cache, run-time shape checks."""
+
+import os
+import pathlib
+import sys
+
+# Before JAX starts: eight virtual devices, so that sharding tests run in the same process as all others.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# jaxtyping's annotations are promises; here they are checked on every call.
+install_import_hook(["jaxaccel", "kernels_pallas"], "beartype.beartype")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXACCEL_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def x64():
+    """Run the test with 64-bit floats."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def vectors():
+    """Load reference inputs and outputs copied into ``tests/data``: ``vectors("exadam")`` is a mapping of arrays."""
+
+    def load(name: str):
+        path = ROOT / "tests" / "data" / f"{name}.npz"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: reference vectors are part of the repository")
+        return np.load(path, allow_pickle=False)
+
+    return load
