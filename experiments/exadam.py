@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import optax
 
-from experiments.runner.api import Cell, Comparison, Config, Experiment, Progress
+from experiments.runner.api import Cell, Comparison, Config, Experiment, Progress, check_rates
 from experiments.runner.session import Session
 from experiments.runner.sweep import Sweep, spread
 from experiments.runner.train import Arm, Task
@@ -42,6 +42,8 @@ class ExadamConfig(Config):
     """Validation accuracy whose first epoch is counted."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rates("learning_rates", self.learning_rates)
         if self.paper_learning_rate not in self.learning_rates:
             raise ValueError(
                 f"paper_learning_rate {self.paper_learning_rate:g} is not in learning_rates {self.learning_rates}"

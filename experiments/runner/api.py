@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+import tyro
+
 Cell = str | float | int | bool | None
 
 
@@ -19,8 +21,22 @@ Cell = str | float | int | bool | None
 class Config:
     """Fields that every experiment has; a config is a frozen subclass of this."""
 
-    seeds: int = 3
+    # Fixed: the flag --seeds belongs to the run command, which sets this field for every experiment it runs.
+    seeds: tyro.conf.Fixed[int] = 3
     """How many seeds each arm is run with; the spread over them is reported."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+
+
+def check_rates(name: str, rates: tuple[float, ...]) -> None:
+    """Raise ``ValueError`` unless ``rates`` is a non-empty tuple of positive learning rates."""
+    if not rates:
+        raise ValueError(f"{name}: no learning rates to try")
+    for rate in rates:
+        if not 0 < rate < float("inf"):  # also refuses NaN
+            raise ValueError(f"{name}: learning rates must be positive and finite, got {rate}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -55,8 +55,6 @@ class RunOptions:
     """Multi-host: rank of this process."""
 
     def __post_init__(self) -> None:
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
         if not self.checkpoint_seconds >= 0:
             raise ValueError(f"--checkpoint-seconds must not be negative, got {self.checkpoint_seconds}")
 
@@ -129,7 +127,7 @@ def _flag(words: Sequence[str], name: str, default: str) -> str:
 
 def _run(words: Sequence[str]) -> int:
     from experiments import registry
-    from experiments.runner import execute
+    from experiments.runner import devices, execute
     from experiments.runner.api import Config, Experiment
 
     given, flags = _split_names(words)
@@ -151,28 +149,24 @@ def _run(words: Sequence[str]) -> int:
     try:
         if len(experiments) == 1 and preset in experiments[0].presets:
             (experiment,) = experiments
-            config_type = experiment.config
-            # Seeds are an option of every run; one flag must not stand in two places.
-            shown = Annotated[config_type, tyro.conf.arg(name="")]  # type: ignore[valid-type]
             command = dataclasses.make_dataclass(
-                "Command",
-                [("options", tyro.conf.OmitArgPrefixes[RunOptions]), ("config", shown)],
-                frozen=True,
+                "Command", [("options", RunOptions), ("config", experiment.config)], frozen=True
             )
-            parsed = tyro.cli(
+            parsed: Any = tyro.cli(
                 command,
                 prog=program,
                 description=f"{experiment.claim}\n\nThe defaults shown are those of the preset {preset!r}.",
                 args=flags,
-                default=command(RunOptions(), experiment.presets[preset]),  # type: ignore[call-arg]
-                config=(tyro.conf.OmitArgPrefixes,),
+                default=command(RunOptions(), experiment.presets[preset]),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
             )
-            options, jobs = parsed.options, [(experiment, parsed.config)]  # type: ignore[attr-defined]
+            options, jobs = parsed.options, [(experiment, parsed.config)]
         else:
             options = tyro.cli(RunOptions, prog=program, args=flags, description=HELP if asks_help else None)
             jobs = [(e, e.presets[options.preset]) for e in experiments]
         if options.seeds is not None:
             jobs = [(e, dataclasses.replace(c, seeds=options.seeds)) for e, c in jobs]
+        devices.initialize_processes(options.coordinator, options.num_processes, options.process_id)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return execute.run_all(jobs, options)

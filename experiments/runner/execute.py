@@ -22,7 +22,6 @@ RECORDS = "records.jsonl"
 
 def run_all(jobs: Sequence[tuple[Experiment, Config]], options: "RunOptions") -> int:
     """Run experiments one after the other; a failed one does not stop the rest. Returns the exit code."""
-    devices.initialize_processes(options.coordinator, options.num_processes, options.process_id)
     settings = RunSettings(
         options.out, options.checkpoint_seconds, options.keep_params, options.devices, options.parameters
     )

@@ -20,10 +20,12 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
 main { max-width: 1040px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 0 0 6px; } h3 { font-size: 15px; margin: 22px 0 6px; }
+h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 0 0 6px; }
+h3 { font-size: 15px; margin: 22px 0 6px; }
 p { margin: 6px 0; } .soft { color: var(--soft); }
 nav a { margin-right: 14px; color: #2b5c9e; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 22px 26px; margin: 22px 0; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+section { padding: 22px 26px; margin: 22px 0; }
 .headline { font-size: 16px; border-left: 4px solid #3b6fb6; padding: 2px 0 2px 12px; margin: 10px 0 14px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 4px 0; min-width: 50%; }

@@ -49,9 +49,14 @@ class Sweep:
         """Trials of an arm at its own best learning rate."""
         return self.select(arm, self.best_learning_rate(arm))
 
-    def steps_to(self, trial: TrialResult, metric: str, *, at_least: float) -> float:
-        """Steps until an evaluation of ``metric`` first reaches ``at_least``; infinity if none does in the budget."""
-        reached = trial.curves[metric] >= at_least  # false for the NaNs behind a divergence
+    def steps_to(
+        self, trial: TrialResult, metric: str, *, at_least: float | None = None, at_most: float | None = None
+    ) -> float:
+        """Steps until an evaluation of ``metric`` first reaches a target; infinity if none does in the budget."""
+        if (at_least is None) == (at_most is None):
+            raise ValueError("give one of at_least and at_most")
+        values = trial.curves[metric]  # the NaNs behind a divergence reach nothing
+        reached = values >= at_least if at_least is not None else values <= at_most
         return float(trial.curves["eval_step"][np.argmax(reached)]) if reached.any() else float("inf")
 
     # Tables and figures -----------------------------------------------------------------------------------------
@@ -79,8 +84,8 @@ class Sweep:
             columns,
             tuple(rows),
             f"mean ± standard deviation over {len(self.best(self.arms[0].name))} seeds; "
-            f"rates are chosen by {self.task.metric} on the validation split; state is the optimizer's memory, ok the runs "
-            "that did not diverge",
+            f"rates are chosen by {self.task.metric} on the validation split; "
+            "state is the optimizer's memory, ok the runs that did not diverge",
         )
 
     def rates_table(self, title: str, cell: Callable[[list[TrialResult]], Cell], note: str = "") -> Table:
@@ -213,7 +218,7 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return "—"
     mean, deviation = stats.mean_and_spread(values)
-    return f"{mean:.3f} ± {deviation:.3f}"
+    return f"{mean:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def milliseconds(seconds: Sequence[float | None]) -> str:

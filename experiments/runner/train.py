@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.runner.api import check_rates
+
 
 class Batches(Protocol):
     """The data of a task, as a pure function of where training stands: that is what makes resuming exact."""
@@ -103,11 +105,7 @@ class Arm:
     method: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.learning_rates:
-            raise ValueError(f"arm {self.name!r} has no learning rates to try")
-        for rate in self.learning_rates:
-            if not rate > 0:  # also refuses NaN
-                raise ValueError(f"arm {self.name!r}: learning rates must be positive, got {rate}")
+        check_rates(f"arm {self.name!r}", self.learning_rates)
 
 
 class TrainState(NamedTuple):

@@ -321,7 +321,8 @@ def load_result(directory: pathlib.Path) -> TrialResult | None:
         return None
     summary = files.read_json(path)
     try:
-        with np.load(directory / "curves.npz", allow_pickle=False) as archive:
+        # From memory: a broken archive would leave NumPy holding the open file.
+        with np.load(io.BytesIO((directory / "curves.npz").read_bytes()), allow_pickle=False) as archive:
             return TrialResult(curves=dict(archive), **summary)
     except Exception as error:
         raise files.OutputError(f"the finished trial in {directory} cannot be read ({error}); move it away") from error

@@ -1,0 +1,123 @@
+"""Step times of the optimizers, beside the time that moving the same bytes takes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.benchmarks import BenchOptions, Measurement
+from experiments.runner import cost
+from jaxaccel.optim import exadam, pack_tree, unpack_tree
+from jaxaccel.optim.symbolic import LION_PROGRAM, as_transform
+
+PARAMETERS = 10_000_000
+
+
+def tree(leaves: int, total: int = PARAMETERS) -> dict[str, jax.Array]:
+    """A parameter tree of ``leaves`` equal leaves."""
+    return {f"leaf{i:04d}": jnp.full((total // leaves,), 0.01 * (i + 1)) for i in range(leaves)}
+
+
+class Stepper:
+    """Applies an optimizer over and over to its own state, donating it, as a training loop does."""
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any, grads: Any) -> None:
+        def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.params = jax.tree.map(jnp.copy, params)
+        self.state = tx.init(params)
+        self.grads = grads
+
+    def __call__(self) -> Any:
+        """One step."""
+        self.params, self.state = self.step(self.params, self.state, self.grads)
+        return self.params
+
+
+def moving_bytes(count: int) -> Callable[[], Any]:
+    """Read ``count`` / 2 bytes and write as many: the least time in which memory can move ``count`` bytes."""
+    buffer = [jnp.ones(count // 8, jnp.float32)]
+    move = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+
+    def call() -> Any:
+        buffer[0] = move(buffer[0])
+        return buffer[0]
+
+    return call
+
+
+def measure(options: BenchOptions) -> Iterator[Measurement]:
+    """EXAdam over AdamW, the Lion program over `optax.lion`, packed leaves over plain ones."""
+    for leaves in (10, 1000):
+        params = tree(leaves)
+        grads = jax.tree.map(lambda p: 0.1 * p, params)
+        # Both read parameters, gradients and two moments, and write all but the gradients: 28 bytes a parameter.
+        timings = cost.time_in_turn(
+            {
+                "exadam": Stepper(exadam(1e-3), params, grads),
+                "adamw": Stepper(optax.adamw(1e-3), params, grads),
+                "bytes": moving_bytes(28 * PARAMETERS),
+            },
+            repeats=options.repeats,
+        )
+        where = f"10 M parameters in {leaves} leaves"
+        yield _ratio(timings, "exadam", "adamw", f"exadam / optax.adamw, {where}", "<= 1.10")
+        yield _ratio(timings, "exadam", "bytes", f"exadam / moving its 280 MB once, {where}")
+        yield _ratio(timings, "adamw", "bytes", f"optax.adamw / moving its 280 MB once, {where}")
+
+    params = tree(10)
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    timings = cost.time_in_turn(
+        {
+            "program": Stepper(as_transform(LION_PROGRAM, 1e-4), params, grads),
+            "lion": Stepper(optax.lion(1e-4, weight_decay=0.1), params, grads),
+            "bytes": moving_bytes(20 * PARAMETERS),
+        },
+        repeats=options.repeats,
+    )
+    yield _ratio(timings, "program", "lion", "Lion program as a transform / optax.lion, 10 M parameters", "<= 1.10")
+    yield _ratio(timings, "lion", "bytes", "optax.lion / moving its 200 MB once, 10 M parameters")
+
+    params = tree(1000, 1_000_000)
+    packed, layout = pack_tree(params)
+
+    def loss(values: Any) -> jax.Array:
+        return sum(jnp.sum(v**2) for v in jax.tree.leaves(values))  # type: ignore[return-value]
+
+    def train(loss_fn: Callable[[Any], jax.Array], start: Any) -> Callable[[], Any]:
+        tx = optax.lion(1e-4)
+        step = jax.jit(
+            lambda p, s: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(jax.grad(loss_fn)(p), s, p)),
+            donate_argnums=(0, 1),
+        )
+        held = [jax.tree.map(jnp.copy, start), tx.init(start)]
+
+        def call() -> Any:
+            held[0], held[1] = step(held[0], held[1])
+            return held[0]
+
+        return call
+
+    plain = Stepper(optax.lion(1e-4), params, jax.tree.map(lambda p: 0.1 * p, params))
+    timings = cost.time_in_turn(
+        {
+            "packed": Stepper(optax.lion(1e-4), packed, jax.tree.map(lambda p: 0.1 * p, packed)),
+            "plain": plain,
+            "packed_training": train(lambda p: loss(unpack_tree(p, layout)), packed),
+            "plain_training": train(loss, params),
+        },
+        repeats=options.repeats,
+    )
+    yield _ratio(timings, "packed", "plain", "lion update, 1,000 leaves of 1k packed / plain", "<= 1.0")
+    yield _ratio(timings, "packed_training", "plain_training", "the same with the gradient of a loss over all leaves")
+
+
+def _ratio(timings: Any, top: str, bottom: str, name: str, goal: str = "") -> Measurement:
+    value, interval = cost.ratio(timings, top, bottom)
+    detail = f"{1e3 * timings[top].median:.2f} ms / {1e3 * timings[bottom].median:.2f} ms"
+    return Measurement(name, value, interval, goal, detail)
