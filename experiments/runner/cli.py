@@ -1,7 +1,6 @@
 """The command line: list, run, report, bench, publish. Flags are made from dataclasses by tyro."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -208,6 +207,3 @@ def _publish(words: Sequence[str]) -> int:
     for line in publish.publish(options.out):
         print(line)
     return OK
-
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter would tear the progress display

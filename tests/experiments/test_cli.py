@@ -1,7 +1,6 @@
 """The command line as a user meets it: words, exit codes, kills, interrupts, several processes."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -260,7 +259,3 @@ def test_run_of_a_newer_version_is_not_touched(tmp_path, capsys):
     assert cli.main(["run", "lion", "--out", str(tmp_path), "--resume"]) == cli.FAILED
     assert "schema 99, written by a newer jaxaccel" in capsys.readouterr().err
     assert json.loads((directory / "run.json").read_text()) == info
-
-
-def test_environment_is_left_alone():
-    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
