@@ -104,6 +104,7 @@ def compare(sweeps: list[Sweep]) -> Comparison:
     for sweep in sweeps:
         old, new = sweep.best("adamw"), sweep.best("lion")
         tables.append(sweep.best_table())
+        tables.append(sweep.cost_table())
         tables.append(
             sweep.rates_table(
                 f"{sweep.task.name}: {sweep.task.metric} by learning rate",

@@ -23,14 +23,16 @@ def functional(build: ModelFactory) -> tuple[Callable[[jax.Array], tuple[Any, An
 
     The structure is split off once, without allocating the model's arrays; ``state`` holds what is not a parameter.
     """
-    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    structure, _, _ = nnx.split(abstract, nnx.Param, ...)
+
+    def parts(model: nnx.Module) -> tuple[Any, Any, Any]:
+        structure, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+        return structure, params, rest
+
+    structure, params_form, rest_form = parts(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> tuple[Any, Any]:
-        _, params, rest = nnx.split(build(nnx.Rngs(key)), nnx.Param, ...)
+        _, params, rest = parts(build(nnx.Rngs(key)))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-
-    params_form, rest_form = nnx.split(abstract, nnx.Param, ...)[1:]
 
     def apply(params: Any, state: Any, x: Any, *, train: bool) -> tuple[Any, Any]:
         # Fresh containers: filling the shared ones would leak one trace's values into the next.
@@ -42,7 +44,7 @@ def functional(build: ModelFactory) -> tuple[Callable[[jax.Array], tuple[Any, An
         else:
             model.eval()
         y = model(x)
-        return y, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        return y, nnx.to_pure_dict(parts(model)[2])
 
     return init, apply
 

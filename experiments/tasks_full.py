@@ -44,7 +44,7 @@ def flip_and_shift(generator: np.random.Generator, batch: dict[str, np.ndarray],
     """Random horizontal flips and shifts by up to ``pad`` pixels, the usual augmentation for CIFAR."""
     images = batch["images"]
     count, height, width, _ = images.shape
-    flip = generator.random(count) < 0.5
+    flip = np.asarray(generator.random(count) < 0.5)
     images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     top, left = generator.integers(0, 2 * pad + 1, (2, count))

@@ -7,6 +7,7 @@ import io
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.runner import files, results
 from experiments.runner.api import Figure, Table
@@ -23,7 +24,7 @@ main { max-width: 1040px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 21px; margin: 0 0 6px; }
 h3 { font-size: 15px; margin: 22px 0 6px; }
 p { margin: 6px 0; } .soft { color: var(--soft); }
-nav a { margin-right: 14px; color: #2b5c9e; }
+nav a { color: #2b5c9e; font-weight: 600; } nav li { margin: 4px 0; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
 section { padding: 22px 26px; margin: 22px 0; }
 .headline { font-size: 16px; border-left: 4px solid #3b6fb6; padding: 2px 0 2px 12px; margin: 10px 0 14px; }
@@ -58,7 +59,11 @@ def write(out: pathlib.Path, file: pathlib.Path | None = None) -> pathlib.Path:
 
 def page(runs: Sequence[Run]) -> str:
     """The report as HTML; it names no address outside itself."""
-    links = " ".join(f'<a href="#{r.info["experiment"]}">{html.escape(r.info["experiment"])}</a>' for r in runs)
+    links = "".join(
+        f'<li><a href="#{r.info["experiment"]}">{html.escape(r.info["experiment"])}</a>: '
+        f"{html.escape(r.comparison.headline)}</li>"
+        for r in runs
+    )
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -67,7 +72,7 @@ def page(runs: Sequence[Run]) -> str:
         "<h1>jaxaccel: measured results</h1>"
         f'<p class="soft">{made}. Baseline and method got the same data, initialisation, budget and tuning grid, '
         "and took turns in one process. Numbers are from this machine.</p>"
-        f"<nav>{links}</nav>{''.join(section(run) for run in runs)}</main></body></html>\n"
+        f"<nav><ul>{links}</ul></nav>{''.join(section(run) for run in runs)}</main></body></html>\n"
     )
 
 
@@ -115,7 +120,7 @@ def svg(figure: Figure) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "jaxaccel",
         "svg.fonttype": "path",  # looks the same in every browser
         "axes.spines.top": False,

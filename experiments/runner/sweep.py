@@ -73,19 +73,42 @@ class Sweep:
             cells += [spread([t.final[name] for t in ok if name in t.final]) for name in names]
             cells += [function(trials) for _, function in extra]
             cells += [
-                milliseconds([t.cost["step_s"] for t in trials]),
-                megabytes(trials[0].cost["state_bytes"]),
                 f"{len(ok)}/{len(trials)}",
             ]
             rows.append(tuple(cells))
-        columns = ("arm", "best lr", *names, *(n for n, _ in extra), "ms/step", "state", "ok")
+        columns = ("arm", "best lr", *names, *(n for n, _ in extra), "ok")
         return Table(
             f"{self.task.name}: each arm at its own best learning rate",
             columns,
             tuple(rows),
             f"mean ± standard deviation over {len(self.best(self.arms[0].name))} seeds; "
             f"rates are chosen by {self.task.metric} on the validation split; "
-            "state is the optimizer's memory, ok the runs that did not diverge",
+            "ok are the runs that did not diverge",
+        )
+
+    def cost_table(self) -> Table:
+        """What a step of each arm costs: the compiler's counts, and seconds with compilation apart."""
+        rows = []
+        for arm in self.arms:
+            trials = self.select(arm.name)
+            cost = trials[0].cost
+            rows.append(
+                (
+                    arm.name,
+                    milliseconds([t.cost["step_s"] for t in trials]),
+                    f"{np.median([t.cost['train_s'] or 0.0 for t in trials]):.2f}",
+                    f"{cost['compile_s']:.2f}",
+                    "—" if cost["flops_per_step"] is None else f"{cost['flops_per_step'] / 1e6:.1f}",
+                    megabytes(cost["peak_bytes"]),
+                    megabytes(cost["state_bytes"]),
+                )
+            )
+        return Table(
+            f"{self.task.name}: costs",
+            ("arm", "ms/step", "s per run", "compile s", "MFLOP/step", "peak memory", "optimizer state"),
+            tuple(rows),
+            "medians over all runs, compilation apart; operations and memory are the compiler's counts "
+            "(an inner loop's body counts once)",
         )
 
     def rates_table(self, title: str, cell: Callable[[list[TrialResult]], Cell], note: str = "") -> Table:

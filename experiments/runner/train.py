@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from experiments.runner.api import check_rates
 
@@ -14,8 +15,10 @@ from experiments.runner.api import check_rates
 class Batches(Protocol):
     """The data of a task, as a pure function of where training stands: that is what makes resuming exact."""
 
-    process_local: bool
-    """Whether `chunk` returns only the rows of this process (a stream read by several hosts)."""
+    @property
+    def process_local(self) -> bool:
+        """Whether `chunk` returns only the rows of this process (a stream read by several hosts)."""
+        ...
 
     def chunk(self, seed: int, start: int, steps: int) -> Any:
         """Return host arrays ``[steps, B, ...]`` for steps ``start`` to ``start + steps`` of the run with ``seed``."""
@@ -118,7 +121,7 @@ class TrainState(NamedTuple):
     score: jax.Array  # f32[], the feedback metric of the last evaluation (0 before the first)
 
 
-def init_state(task: Task, arm: Arm, key: jax.Array, learning_rate: jax.Array) -> TrainState:
+def init_state(task: Task, arm: Arm, key: jax.Array, learning_rate: ArrayLike) -> TrainState:
     """Initial state; ``key`` depends on the seed alone, so all arms start from the same parameters."""
     params, model_state = task.init(key)
     opt_state = arm.optimizer(learning_rate).init(params)
@@ -130,7 +133,7 @@ def train_chunk(
     arm: Arm,
     state: TrainState,
     batches: Any,
-    learning_rate: jax.Array,
+    learning_rate: ArrayLike,
     key: jax.Array,
     evaluated: jax.Array,
 ) -> tuple[TrainState, jax.Array]:

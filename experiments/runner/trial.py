@@ -304,7 +304,7 @@ def digest(tree: Any) -> str | None:
 def save_result(directory: pathlib.Path, result: TrialResult) -> None:
     """Write curves, then the summary: the summary's presence says that the trial is finished."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **result.curves)  # type: ignore[arg-type]
+    np.savez(buffer, allow_pickle=False, **result.curves)
     files.write_bytes(directory / "curves.npz", buffer.getvalue())
     summary = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name != "curves"}
     files.write_json(directory / "result.json", summary)
