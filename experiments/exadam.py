@@ -34,7 +34,7 @@ class ExadamConfig(Config):
     """Images per step."""
     epochs: int = 40
     """Passes over the training split, the same for every arm."""
-    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Every arm is tuned over the same grid."""
     paper_learning_rate: float = 1e-4
     """The single rate of the paper's comparison; must be in the grid."""

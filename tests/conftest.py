@@ -20,7 +20,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXACCEL_TEST_CACHE", str(ROOT / ".cache" / "jax-tests")))
+jax.config.update(
+    "jax_compilation_cache_dir", os.environ.get("JAXACCEL_TEST_CACHE", str(ROOT / ".cache" / "jax-tests"))
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -17,7 +17,7 @@ from experiments.runner.api import Config, Experiment, Progress
 from experiments.runner.interrupt import Interrupt
 from experiments.runner.sweep import Sweep
 from experiments.runner.train import Arm, Task
-from experiments.runner.trial import Programs, TrialResult, compile_programs, run_trial, trial_name
+from experiments.runner.trial import Programs, TrialResult, compile_programs, load_result, run_trial, trial_name
 
 RUN_SCHEMA = 1
 
@@ -70,6 +70,9 @@ class Session:
     def trial(self, task: Task, arm: Arm, learning_rate: float, seed: int) -> Generator[Progress, None, TrialResult]:
         """Train one arm with one learning rate and one seed; finished trials are read back instead."""
         name = trial_name(task.name, arm.name, learning_rate, seed)
+        finished = load_result(self.directory / "trials" / name)
+        if finished is not None:
+            return finished
         key = (task.name, arm.name)
         if key not in self._programs:
             yield Progress(f"compiling {arm.name}", 0, 1)

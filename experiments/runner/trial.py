@@ -127,9 +127,6 @@ def run_trial(
         Interrupted: after saving, when the user asked to stop.
         CheckpointError: if the checkpoint found is broken or not this trial's.
     """
-    finished = load_result(directory)
-    if finished is not None:
-        return finished
     label = f"{arm.name} lr={learning_rate:g} seed={seed}"
     checkpoints = Checkpoints(directory / "checkpoints", identity)
     try:

@@ -20,6 +20,7 @@ replacing Adam, divide the learning rate by about four, or use a warm-up. The co
 to the scale of the gradient: where |g| is far below √eps (1e-4 by default) d1 and d2 fall to 1.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -64,16 +65,21 @@ def _scaled(
     return (numerator / bias1) * d1 / (root + eps)
 
 
-def _log_growth(count: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """Return version 1's factor ½·ln(2·(t + 1)) at step t = ``count``."""
-    # To float first: a saturated int32 count must not wrap around.
-    return 0.5 * jnp.log(2.0 * (jnp.asarray(count, float) + 1.0))
+@functools.partial(jax.jit, inline=True)
+def _power(decay: Any, count: Int[Array, ""]) -> Float[Array, ""]:
+    """Return decay^count; compiled even when called eagerly, so that both agree, and agree with optax, to the bit."""
+    return decay**count
+
+
+def _log_growth(step: Float[Array, ""]) -> Float[Array, ""]:
+    """Return version 1's factor ½·ln(2·(t + 1)); t is a float, because a saturated int32 counter would wrap around."""
+    return 0.5 * jnp.log(2.0 * (step + 1.0))
 
 
 def scale_by_exadam(
-    b1: float | Array = 0.9,
-    b2: float | Array = 0.999,
-    eps: float | Array = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
     step_growth: str = "none",
     mu_dtype: Any = None,
@@ -138,8 +144,8 @@ def scale_by_exadam(
         mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
         # The powers are formed once, at full precision; each leaf then reads scalars.
-        power1, power2 = b1**count, b2**count
-        growth = _log_growth(count) if step_growth == "log" else None
+        power1, power2 = _power(b1, count), _power(b2, count)
+        growth = _log_growth(jnp.asarray(count, float)) if step_growth == "log" else None
 
         def leaf(u: Array, g: Array, m: Array, v: Array) -> Array:
             p1, p2, e = (jnp.asarray(x, v.dtype) for x in (power1, power2, eps))
@@ -162,13 +168,13 @@ def scale_by_exadam(
 
 
 def exadam(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float | Array = 0.9,
-    b2: float | Array = 0.999,
-    eps: float | Array = 1e-8,
+    learning_rate: ArrayLike | optax.Schedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
     step_growth: str = "none",
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: ArrayLike | optax.Schedule = 0.0,
     mask: Any = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
@@ -224,7 +230,7 @@ def exadam(
     )
 
 
-def exadam_v1_schedule(learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
+def exadam_v1_schedule(learning_rate: ArrayLike | optax.Schedule) -> optax.Schedule:
     """Return version 1's growing rate as a schedule, for use with another optimizer.
 
         count → lr·½·ln(2·(count + 2)),    count = t − 1 = 0, 1, ...
@@ -252,6 +258,6 @@ def exadam_v1_schedule(learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
 
     def schedule(count: Any) -> Any:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return rate * _log_growth(jnp.asarray(count) + 1)
+        return rate * _log_growth(jnp.asarray(count, float) + 1.0)
 
     return schedule

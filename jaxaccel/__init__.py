@@ -1,0 +1,27 @@
+"""jaxaccel: published ways to make training and inference cheaper, as JAX functions that compose.
+
+Each family of methods is a subpackage, loaded when it is first used:
+
+- `jaxaccel.optim`: optimizers and schedules as optax transforms.
+- `jaxaccel.robustness`: attacks, and training against them.
+- `jaxaccel.models`: reference networks that the methods are shown on.
+- `jaxaccel.catalogue`: the list of methods, their papers and their state.
+- `jaxaccel.records`: the store of measured comparisons.
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "catalogue", "models", "optim", "records", "robustness"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load a subpackage when it is first used, so that importing the library stays cheap."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,62 @@
+"""Which implementation of an op runs: one rule for all ops."""
+
+from collections.abc import Collection, Mapping
+
+import jax
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+
+# The kernel that is meant for a platform; where an op lacks it, XLA compiles the op.
+_KERNEL_OF = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
+def resolve_implementation(
+    implementation: str | None,
+    available: Mapping[str, Collection[str]],
+    platform: str | None = None,
+) -> str:
+    """Choose the implementation of an op.
+
+    The choice is static: it depends on the platform and never on values, so it is made while tracing.
+
+    Args:
+        implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``, or ``None`` for the best one for the platform.
+        available: the implementations that the op has, each with the platforms that it runs on.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; JAX's default backend if ``None``. Give it where a program is
+            compiled for another machine than this one.
+
+    Returns:
+        The name of an implementation that runs on the platform. ``None`` never falls back silently from a kernel that
+        was asked for by name.
+
+    Raises:
+        ValueError: if the name is unknown, the op has no such implementation, or it cannot run on the platform.
+
+    >>> op = {"xla": ("cpu", "gpu", "tpu"), "pallas_tpu": ("tpu",)}
+    >>> resolve_implementation(None, op, platform="tpu"), resolve_implementation(None, op, platform="gpu")
+    ('pallas_tpu', 'xla')
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if implementation is None:
+        for name in (_KERNEL_OF.get(platform), "xla"):
+            if name is not None and platform in available.get(name, ()):
+                return name
+        raise ValueError(
+            f"platform is {platform!r}, and no implementation of this op runs there: it has {_list(available)}"
+        )
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)} or None")
+    if implementation not in available:
+        raise ValueError(
+            f"implementation is {implementation!r}, which this op does not have: it has {_list(available)}"
+        )
+    if platform not in available[implementation]:
+        raise ValueError(
+            f"implementation is {implementation!r}, which cannot run on platform {platform!r}: "
+            f"this op has {_list(available)}"
+        )
+    return implementation
+
+
+def _list(available: Mapping[str, Collection[str]]) -> str:
+    return ", ".join(f"{name} (on {', '.join(platforms)})" for name, platforms in available.items()) or "none"

@@ -1,0 +1,27 @@
+"""Every notebook runs from top to bottom and is committed with its outputs."""
+
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the messaging libraries between here and the kernel
+def test_notebook_runs(path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(path, as_version=4)
+    committed = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any(cell.outputs for cell in committed), "commit notebooks with their outputs"
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    assert not any(output.output_type == "error" for cell in committed for output in cell.outputs)
