@@ -1,7 +1,7 @@
 """Keeps the README and the documentation equal to the catalogue and to the newest results.
 
-Results travel in ``docs/results``: ``<experiment>.json`` is the comparison as data, ``<experiment>.md`` the same as
-text, which the page of its method includes. Tables stand between two marker comments; the rest of a file is by hand.
+Results travel in ``docs/results``: ``<experiment>.json`` is the comparison as data, ``<experiment>.md`` and the
+drawings beside it are the same for people, and the page of its method includes them. Tables stand between two marker comments; the rest of a file is by hand.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.runner import files, results
+from experiments.runner import files, report, results
 from experiments.runner.api import Comparison, Table, from_json, to_json
 from experiments.runner.terminal import format_cell
 from jaxaccel.catalogue import METHODS, Method, by_family
@@ -43,7 +43,9 @@ def publish(out: pathlib.Path, root: pathlib.Path = ROOT) -> Iterator[str]:
         }
         files.write_json(folder / f"{name}.json", to_json(run.comparison) | {"run": run_info})
         files.write_bytes(folder / f"{name}.md", render_result(name, run.comparison, run_info).encode())
-        yield f"wrote {folder / name}.json and .md"
+        for number, figure in enumerate(run.comparison.figures, 1):
+            files.write_bytes(folder / f"{name}-{number}.svg", report.svg(figure).encode())
+        yield f"wrote {folder / name}.json, .md and its figures"
     for path, render in _targets(root):
         if path.exists():
             _update(path, render(folder))
@@ -144,6 +146,11 @@ def render_result(name: str, comparison: Comparison, run_info: dict[str, Any]) -
         f"Measured with `python -m experiments run {name} --preset {preset}` on {where}.",
     ]
     parts += [_render_table(table) for table in comparison.tables]
+    # Paths are those seen from docs/methods, whose pages include this text.
+    parts += [
+        f"![{figure.title}](../results/{name}-{number}.svg)" + (f"\n\n{figure.note}" if figure.note else "")
+        for number, figure in enumerate(comparison.figures, 1)
+    ]
     if comparison.notes:
         parts.append("\n".join(f"- {note}" for note in comparison.notes))
     return "\n\n".join(parts) + "\n"

@@ -72,16 +72,15 @@ class _ResidualBlock(nnx.Module):
         self.first_norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
         self.second = nnx.Conv(outputs, outputs, (3, 3), use_bias=False, rngs=rngs)
         self.second_norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
-        self.shortcut: nnx.Conv | None = None
-        self.shortcut_norm: nnx.BatchNorm | None = None
-        if stride != 1 or inputs != outputs:
+        self.changes_shape = stride != 1 or inputs != outputs
+        if self.changes_shape:
             self.shortcut = nnx.Conv(inputs, outputs, (1, 1), strides=stride, use_bias=False, rngs=rngs)
             self.shortcut_norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         y = jax.nn.relu(self.first_norm(self.first(x)))
         y = self.second_norm(self.second(y))
-        if self.shortcut is not None and self.shortcut_norm is not None:
+        if self.changes_shape:
             x = self.shortcut_norm(self.shortcut(x))
         return jax.nn.relu(x + y)
 

@@ -9,12 +9,12 @@ At the end of epoch n = 1, 2, ..., with the validation accuracy aₙ, window W, 
     lower the rate if  n > W + 1  and more than Q epochs passed since the last time  and  Mₙ − Mₙ₋₁ < τ:
         lr ← max(ρ·lr, lr_min)
 
-Once the window is full, Mₙ − Mₙ₋₁ = (aₙ − aₙ₋W)/W: the "accuracy gradient" is the slope of a secant over W epochs. With
-the defaults the rate falls when accuracy rose by less than 2.5 points in five epochs, and also when it fell. Rates never
-rise again.
+Once the window is full, Mₙ − Mₙ₋₁ = (aₙ − aₙ₋W)/W: the "accuracy gradient" is the slope of a secant over W epochs.
+With the defaults the rate falls when accuracy rose by less than 2.5 points in five epochs, and also when it fell. Rates
+never rise again.
 
-F. Nikfam, A. Marchisio, M. Martina, M. Shafique, *AccelAT: A Framework for Accelerating the Adversarial Training of Deep
-Neural Networks through Accuracy Gradient*, IEEE Access 10, 2022, arXiv 2210.06888.
+F. Nikfam, A. Marchisio, M. Martina, M. Shafique, *AccelAT: A Framework for Accelerating the Adversarial Training of
+Deep Neural Networks through Accuracy Gradient*, IEEE Access 10, 2022, arXiv 2210.06888.
 """
 
 import dataclasses
@@ -159,9 +159,9 @@ def accelat_update(state: AccelATState, accuracy: ArrayLike, *, cfg: AccelATConf
     Source: AccelAT, arXiv 2210.06888; the reference code's controller, without its partial windows (which never change
     the rate).
 
-    When: the start rate may be too large and nobody can watch the run. When not: if a good rate or schedule is known; then
-    it does not fire before the target is reached. Feed it a validation split: the reference feeds the test split, and its
-    final test accuracy is therefore a selected one. Skip the call for epochs without validation.
+    When: the start rate may be too large and nobody can watch the run. When not: if a good rate or schedule is known;
+    then it does not fire before the target is reached. Feed it a validation split: the reference feeds the test split,
+    and its final test accuracy is therefore a selected one. Skip the call for epochs without validation.
 
     Args:
         state: from `accelat_init` or the call before.
@@ -169,7 +169,7 @@ def accelat_update(state: AccelATState, accuracy: ArrayLike, *, cfg: AccelATConf
         cfg: the controller's parameters (static under ``jit``).
 
     Returns:
-        The new state. Under ``jit`` an accuracy that is NaN or outside [0, 1] changes nothing but the count ``ignored``.
+        The new state. Under ``jit`` an accuracy that is NaN or outside [0, 1] only raises the count ``ignored``.
 
     Raises:
         ValueError: outside ``jit``, if the accuracy is NaN or outside [0, 1].
@@ -188,11 +188,11 @@ def accelat_update(state: AccelATState, accuracy: ArrayLike, *, cfg: AccelATConf
 def scale_by_accuracy_gradient(cfg: AccelATConfig) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by −lr, with the learning rate controlled by AccelAT.
 
-    Source: AccelAT, arXiv 2210.06888. It takes the place of ``optax.scale_by_learning_rate`` at the end of a chain, and two
-    extra arguments of ``update``, as ``optax.contrib.reduce_on_plateau`` takes ``value``:
+    Source: AccelAT, arXiv 2210.06888. It takes the place of ``optax.scale_by_learning_rate`` at the end of a chain, and
+    two extra arguments of ``update``, as ``optax.contrib.reduce_on_plateau`` takes ``value``:
 
     - ``accuracy``: float [], the latest validation accuracy; read only when an epoch has ended.
-    - ``epoch_end``: bool [], true in the first step after an accuracy was measured. The new rate applies from that step.
+    - ``epoch_end``: bool [], true in the first step after an accuracy was measured; the new rate applies at once.
 
     ``optax.contrib.reduce_on_plateau`` is not equivalent: it compares with the best value so far, this with the value W
     epochs ago, so that this also lowers the rate while accuracy creeps to new records.

@@ -1,11 +1,11 @@
 """Learning rates as functions of the epoch: the fixed policies that AccelAT is compared with.
 
 Each policy returns a function `epoch -> rate` of the epoch e = 0, 1, ... (a number or an integer array), and
-`epoch_schedule` turns such a function into an optax schedule of the step. Rates may be traced, so that a sweep over start
-rates needs one compilation.
+`epoch_schedule` turns such a function into an optax schedule of the step. Rates may be traced, so that a sweep over
+start rates needs one compilation.
 
-The formulas are those of the AccelAT reference code (Nikfam et al., arXiv 2210.06888), pinned by test vectors. optax has
-schedules of similar names: ``optax.linear_onecycle_schedule`` peaks elsewhere and ends differently.
+The formulas are those of the AccelAT reference code (Nikfam et al., arXiv 2210.06888), pinned by test vectors. optax
+has schedules of similar names: ``optax.linear_onecycle_schedule`` peaks elsewhere and ends differently.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def cyclic_linear(learning_rate: ArrayLike, epochs: int, *, final: ArrayLike | N
     def rate(epoch: Any) -> Any:
         # T·⌈(e + 1)/T⌉ = ⌈(e + 1)·cycles/E⌉·E/cycles, with the ceiling taken in integers.
         tooth = -(-(epoch + 1) * cycles // epochs)
-        return (learning_rate - final) * (1 - (epoch + 1) * cycles / (tooth * epochs)) + final
+        return jnp.subtract(learning_rate, final) * (1 - (epoch + 1) * cycles / (tooth * epochs)) + final
 
     return rate
 
@@ -128,7 +128,7 @@ def polynomial(learning_rate: ArrayLike, epochs: int, *, final: ArrayLike = 0.0,
     _checks.check_learning_rate(final, "final")
     _checks.check_positive("power", power)
     _check_epochs(epochs)
-    return lambda epoch: (learning_rate - final) * (1 - jnp.minimum(epoch, epochs) / epochs) ** power + final
+    return lambda epoch: jnp.subtract(learning_rate, final) * (1 - jnp.minimum(epoch, epochs) / epochs) ** power + final
 
 
 def exponential(learning_rate: ArrayLike, epochs: int, *, base: ArrayLike = 10.0, decades: ArrayLike = 10.0) -> EpochFn:

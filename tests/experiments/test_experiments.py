@@ -1,0 +1,88 @@
+"""Every experiment in its smallest form, through the runner, and both presets of each."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import registry
+from experiments.runner import cli
+from jaxaccel import records
+from jaxaccel.catalogue import METHODS
+
+SMALLEST = {
+    "exadam": ["--model", "mlp", "--epochs", "3", "--learning-rates", "0.0001", "0.003", "--target-accuracy", "0.5"],
+    "lion": [
+        "--batch-sizes",
+        "8",
+        "--steps",
+        "20",
+        "--evaluations",
+        "2",
+        "--adamw-learning-rates",
+        "0.003",
+        "--lion-learning-rates",
+        "0.001",
+    ],
+    "accelat": ["--epochs", "3", "--start-rates", "0.1", "--test-attack-steps", "2", "--train-attack-steps", "1"],
+    "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
+}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_smallest_form_gives_tables_figures_and_valid_rows(name, tmp_path, capsys):
+    words = ["run", name, "--seeds", "1", "--devices", "1", "--out", str(tmp_path), *SMALLEST[name]]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    (result,) = tmp_path.glob("runs/*/result.json")
+    comparison = json.loads(result.read_text())
+    assert comparison["headline"] in capsys.readouterr().out.replace("\n", " ")
+    assert comparison["tables"]
+    assert comparison["figures"]
+    rows = records.read_rows(tmp_path / "records.jsonl").rows
+    assert rows
+    assert {row["method"] for row in rows} <= {method.slug for method in METHODS} | {"adamw"}
+    assert all(row["experiment"] == name for row in rows)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_presets_are_of_the_config_type_and_named_as_everywhere(name):
+    experiment = registry.get(name)
+    assert set(experiment.presets) == {"quick", "full"}
+    assert all(type(preset) is experiment.config for preset in experiment.presets.values())
+    assert experiment.name == name
+
+
+def test_exadam_compares_at_one_rate_and_at_each_arms_own(tmp_path, capsys):
+    """The analysis on curves that are known: exadam twice as fast at the paper's rate, equal when each is fastest."""
+    from experiments.exadam import ExadamConfig, compare, make_arms, make_task
+    from experiments.runner.sweep import Sweep
+    from tests.experiments.test_sweep import trial
+
+    config = ExadamConfig(model="mlp", epochs=4, learning_rates=(1e-4, 1e-2), target_accuracy=0.9)
+    task, arms = make_task(config), make_arms(config)
+    accuracy = {
+        ("adam", 1e-4): [0.1, 0.2, 0.3, 0.9],
+        ("adam", 1e-2): [0.9, 0.9, 0.9, 0.9],
+        ("exadam", 1e-4): [0.1, 0.9, 0.9, 0.9],
+        ("exadam", 1e-2): [0.9, 0.9, 0.9, 0.9],
+        ("exadam-v1", 1e-4): [0.1, 0.1, 0.1, 0.1],
+        ("exadam-v1", 1e-2): [0.1, 0.9, 0.9, 0.9],
+    }
+    trials = []
+    for (arm, rate), values in accuracy.items():
+        for seed in range(3):
+            made = trial(arm, rate, seed, [1 - v for v in values])
+            made.curves["val_accuracy"] = np.asarray(values, np.float32)
+            made.curves["eval_step"] = np.arange(1, 5) * task.eval_every
+            made.final["test_accuracy"] = values[-1]
+            trials.append(made)
+    comparison = compare(config, Sweep(task, arms, tuple(trials)))
+    assert "2 against Adam's 4 at the paper's rate 0.0001; 1 against 1 with each" in comparison.headline
+    found = {
+        (r["method_config"]["step_growth"], r["method_config"]["setting"]): (r["speedup"], r["censored"])
+        for r in comparison.rows
+        if r["cost_kind"] == "steps"
+    }
+    assert found[("none", "same_lr")] == (2.0, [])
+    assert found[("none", "fastest_lr")] == (1.0, [])
+    assert found[("log", "same_lr")] == (1.0, ["method"])  # at most: it never got there
