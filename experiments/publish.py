@@ -1,7 +1,8 @@
 """Keeps the README and the documentation equal to the catalogue and to the newest results.
 
 Results travel in ``docs/results``: ``<experiment>.json`` is the comparison as data, ``<experiment>.md`` and the
-drawings beside it are the same for people, and the page of its method includes them. Tables stand between two marker comments; the rest of a file is by hand.
+drawings beside it are the same for people, and the page of its method includes them. Tables stand between two marker
+comments; the rest of a file is by hand.
 """
 
 import json

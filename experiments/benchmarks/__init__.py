@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
 
 def run(names: Sequence[str], options: BenchOptions) -> int:
     """Run benchmarks and print their ratios; always returns 0, since a slow machine is not an error."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(title="ratios of medians, timed in turn in one process", title_justify="left")
     for column in ("comparison", "ratio", "95 % interval", "goal", "met", "detail"):
         table.add_column(column, justify="right" if column in ("ratio", "95 % interval", "goal") else "left")

@@ -11,6 +11,12 @@ class OutputError(RuntimeError):
     """The output directory cannot be written or holds something that does not belong there."""
 
 
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Write ``data`` to a temporary file beside ``path``, flush it to disk and rename it into place.
 
@@ -24,6 +30,7 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's files are private to their owner
             os.fsync(file.fileno())
         pathlib.Path(temporary).replace(path)
     except OSError as error:

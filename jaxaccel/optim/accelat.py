@@ -218,19 +218,19 @@ def scale_by_accuracy_gradient(cfg: AccelATConfig) -> optax.GradientTransformati
     0.1...
     """
 
-    def init(params: optax.Params) -> AccelATState:
+    def init(params: Any) -> AccelATState:
         del params
         return accelat_init(cfg)
 
     def update(
-        updates: optax.Updates,
+        updates: Any,
         state: AccelATState,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
         accuracy: ArrayLike,
         epoch_end: ArrayLike,
         **extra: Any,
-    ) -> tuple[optax.Updates, AccelATState]:
+    ) -> tuple[Any, AccelATState]:
         del params, extra
         if isinstance(epoch_end, (bool, np.bool_)) and epoch_end and not isinstance(accuracy, jax.Array):
             _check_accuracy(accuracy)

@@ -44,8 +44,8 @@ class ScaleByExadamState(NamedTuple):
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # int32; the name hides tuple.count, as in optax
-    mu: optax.Updates  # the parameters' shapes; mu_dtype, else the parameters' dtypes
-    nu: optax.Updates  # the parameters' shapes; float32, or the parameter's dtype where that is wider
+    mu: Any  # the parameters' shapes; mu_dtype, else the parameters' dtypes
+    nu: Any  # the parameters' shapes; float32, or the parameter's dtype where that is wider
 
 
 def _scaled(
@@ -126,16 +126,14 @@ def scale_by_exadam(
     _checks.check_choice("step_growth", step_growth, STEP_GROWTHS)
     mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
 
-    def init(params: optax.Params) -> ScaleByExadamState:
+    def init(params: Any) -> ScaleByExadamState:
         _checks.check_floating_tree("params", params)
         # zeros_like keeps the sharding of the parameters.
         mu = optax.tree.zeros_like(params, dtype=mu_dtype)
         nu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
         return ScaleByExadamState(jnp.zeros([], jnp.int32), mu, nu)
 
-    def update(
-        updates: optax.Updates, state: ScaleByExadamState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByExadamState]:
+    def update(updates: Any, state: ScaleByExadamState, params: Any = None) -> tuple[Any, ScaleByExadamState]:
         del params
         _checks.check_floating_tree("updates", updates)
         _checks.check_same_structure("updates", updates, "the state", state.nu)

@@ -32,7 +32,7 @@ from jaxaccel.optim import _checks
 
 
 def lion_from_adamw(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, *, ratio: float = 10.0
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, *, ratio: float | int = 10.0
 ) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
     """Translate AdamW's learning rate and weight decay into Lion's.
 
@@ -111,11 +111,12 @@ def scale_by_lion_lowp(
 
     Source: arXiv 2302.06675 (which trains with bfloat16 momentum); arithmetic by `optax.scale_by_lion`.
 
-    The increment (1 − b2)·(g − m) is a hundredth of the gradient, and bfloat16 keeps eight bits. Rounded to nearest,
-    the momentum stands still once the increment falls under half a unit in the last place: with a constant gradient of
-    0.3 it stops at 70 to 75 % of its fixed point, in `optax.lion` and equally here without ``stochastic_rounding``,
-    since wider arithmetic alone cannot help where the stored number does not move. Rounded stochastically, the mean of
-    the stored momentum is that of the exact one, and it fluctuates by a few units in the last place instead.
+    The increment (1 − b2)·(g − m) is about a hundredth of the gradient, and bfloat16 keeps eight bits. Rounded to
+    nearest, the momentum stands still once the increment falls under half a unit in the last place. With a constant
+    gradient of 0.3 it stops at 70 % of its fixed point in `optax.lion` with ``mu_dtype=bfloat16``, and at 83 % here
+    without ``stochastic_rounding``: float32 arithmetic alone cannot help where the stored number does not move. With
+    stochastic rounding the mean of the stored momentum is that of the exact one (measured: 99.99 %), and single entries
+    fluctuate by about a unit in the last place (0.3 %).
 
     When: the memory of a float32 momentum matters and gradients change slowly. When not: on a CPU, where drawing a
     random number per parameter costs more than the saved bytes; there keep float32.
@@ -148,14 +149,16 @@ def scale_by_lion_lowp(
     mu_dtype = _checks.floating_dtype("mu_dtype", mu_dtype)
     if stochastic_rounding and key is None:
         raise ValueError("stochastic_rounding=True needs key=, a jax.random.key, got key=None")
+    key_words = key_impl = None
+    if stochastic_rounding and key is not None:
+        typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+        key_words, key_impl = jax.random.key_data(typed), jax.random.key_impl(typed)
     lion = optax.scale_by_lion(b1, b2)
 
     def init(params: optax.Params) -> ScaleByLionLowpState:
         _check_floating("params", params)
-        words = None
-        if stochastic_rounding:
-            # A copy: a step that donates its state must not delete the caller's key.
-            words = jnp.array(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
+        # A copy: a step that donates its state must not delete the words for the next init.
+        words = None if key_words is None else jnp.copy(key_words)
         return ScaleByLionLowpState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype), words)
 
     def update(
@@ -166,7 +169,8 @@ def scale_by_lion_lowp(
         _checks.check_same_structure("updates", updates, "the state", state.mu)
 
         def wide(g: Array, x: Array) -> Array:
-            return x.astype(jnp.promote_types(jnp.promote_types(g.dtype, x.dtype), jnp.float32))
+            # Eight-bit floats do not promote, and need not be asked: float32 holds them.
+            return x.astype(jnp.result_type(jnp.float32, *(a.dtype for a in (g, x) if a.dtype.itemsize > 1)))
 
         # These casts fuse with the arithmetic; only the narrow momentum is read from and written to memory.
         mu = jax.tree.map(wide, updates, state.mu)
@@ -175,17 +179,15 @@ def scale_by_lion_lowp(
         if state.key is None:
             stored = optax.tree.cast_like(moved.mu, state.mu)
         else:
-            impl = jax.random.key_impl(key) if key is not None else None
             leaves, treedef = jax.tree.flatten(moved.mu)
-            keys = jax.random.split(
-                jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=impl), state.count), max(1, len(leaves))
-            )
-            stored = treedef.unflatten(
-                x.astype(old.dtype)
-                if jnp.finfo(old.dtype).nmant >= jnp.finfo(x.dtype).nmant
-                else _round_stochastically(k, x, old.dtype)
-                for k, x, old in zip(keys, leaves, jax.tree.leaves(state.mu), strict=False)
-            )
+            step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=key_impl), state.count)
+            rounded = [
+                _round_stochastically(jax.random.fold_in(step_key, i), x, old.dtype)
+                if jnp.finfo(old.dtype).nmant < jnp.finfo(x.dtype).nmant
+                else x.astype(old.dtype)
+                for i, (x, old) in enumerate(zip(leaves, jax.tree.leaves(state.mu), strict=True))
+            ]
+            stored = jax.tree.unflatten(treedef, rounded)
         return optax.tree.cast_like(direction, updates), ScaleByLionLowpState(moved.count, stored, state.key)
 
     return optax.GradientTransformation(init, update)

@@ -13,8 +13,9 @@ from jaxaccel.optim.symbolic.abstract import (
     validate,
 )
 from jaxaccel.optim.symbolic.functions import FUNCTIONS, Function
+from jaxaccel.optim.symbolic.funnel import FunnelStage, funnel
 from jaxaccel.optim.symbolic.interpreter import EncodedProgram, encode, interpret, leaf_sizes
-from jaxaccel.optim.symbolic.mutate import CONSTANTS_ONLY, MutationError, MutationWeights, mutate
+from jaxaccel.optim.symbolic.mutate import ALL_EDITS, CONSTANTS_ONLY, MutationError, MutationWeights, mutate
 from jaxaccel.optim.symbolic.program import (
     ADAMW_PROGRAM,
     INPUTS,
@@ -25,4 +26,59 @@ from jaxaccel.optim.symbolic.program import (
     parse,
     to_text,
 )
+from jaxaccel.optim.symbolic.proxy import make_fitness
+from jaxaccel.optim.symbolic.search import (
+    Improvement,
+    SearchConfig,
+    SearchState,
+    SearchStats,
+    evolve,
+    search_init,
+    search_step,
+    state_from_json,
+    state_to_json,
+)
 from jaxaccel.optim.symbolic.transform import ProgramState, as_transform, execute
+
+__all__ = [
+    "ADAMW_PROGRAM",
+    "ALL_EDITS",
+    "CONSTANTS_ONLY",
+    "FUNCTIONS",
+    "INPUTS",
+    "LION_PROGRAM",
+    "EncodedProgram",
+    "Function",
+    "FunnelStage",
+    "Improvement",
+    "MutationError",
+    "MutationWeights",
+    "Program",
+    "ProgramError",
+    "ProgramState",
+    "SearchConfig",
+    "SearchState",
+    "SearchStats",
+    "Statement",
+    "as_transform",
+    "encode",
+    "evolve",
+    "execute",
+    "funnel",
+    "infer",
+    "interpret",
+    "leaf_sizes",
+    "live_outputs",
+    "live_statements",
+    "make_fitness",
+    "mutate",
+    "parse",
+    "program_hash",
+    "search_init",
+    "search_step",
+    "simplify",
+    "state_from_json",
+    "state_to_json",
+    "to_text",
+    "validate",
+]

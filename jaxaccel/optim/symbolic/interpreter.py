@@ -211,5 +211,3 @@ def interpret(
     registers = jax.lax.fori_loop(0, encoded.length, statement, registers)
     update, new_m, new_v = (registers[encoded.outputs[k]] for k in range(3))
     return update, new_m, new_v
-
-

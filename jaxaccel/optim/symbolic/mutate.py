@@ -42,6 +42,9 @@ class MutationWeights(NamedTuple):
     """A random number changes."""
 
 
+ALL_EDITS = MutationWeights()
+"""Insertion, deletion and modification with equal odds."""
+
 CONSTANTS_ONLY = MutationWeights(0.0, 0.0, 0.0, 1.0)
 """Only numbers change."""
 
@@ -178,7 +181,7 @@ def mutate(
     key: jax.Array,
     program: Program,
     *,
-    weights: MutationWeights | tuple[float, float, float, float] = MutationWeights(),
+    weights: MutationWeights | tuple[float | int, ...] = ALL_EDITS,
     max_length: int = 60,
     max_attempts: int = MAX_ATTEMPTS,
 ) -> Program:
@@ -218,5 +221,3 @@ def key_words(key: Any) -> list[int]:
     """The words of a random key, typed or uint32."""
     data = jax.random.key_data(key) if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return [int(word) for word in np.asarray(data).reshape(-1)]
-
-

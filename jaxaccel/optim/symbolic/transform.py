@@ -110,9 +110,7 @@ def as_transform(program: Program, learning_rate: optax.ScalarOrSchedule) -> opt
             # zeros_like keeps the sharding of the parameters.
             return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
 
-        return ProgramState(
-            jnp.zeros([], jnp.int32), zeros() if keeps_m else None, zeros() if keeps_v else None
-        )
+        return ProgramState(jnp.zeros([], jnp.int32), zeros() if keeps_m else None, zeros() if keeps_v else None)
 
     def update(
         updates: optax.Updates, state: ProgramState, params: optax.Params | None = None
