@@ -213,13 +213,10 @@ def _run_funnel(
     }
     candidates: list[tuple[str, Program]] = []
     for arm, runs in states.items():
-        seen: list[Program] = []
-        for state in runs:
-            for improvement in reversed(state.history):
-                program = simplify(improvement.program, cross_iteration=True)
-                if program not in seen and len(seen) < config.funnel_programs:
-                    seen.append(program)
-        candidates += [(arm, program) for program in seen]
+        found: dict[Program, float] = {}
+        for improvement in sorted((i for s in runs for i in s.history), key=lambda i: -i.fitness):
+            found.setdefault(simplify(improvement.program, cross_iteration=True), improvement.fitness)
+        candidates += [(arm, program) for program in list(found)[: config.funnel_programs]]
     alive = list(range(len(candidates)))
     stages = []
     for number, (name, (seed, scale)) in enumerate(tasks.items()):
@@ -253,7 +250,7 @@ def compare(
                 arm,
                 spread([s.best_fitness for s in runs]),
                 spread([s.history[-1].meta_fitness or 0.0 for s in runs]),
-                spread([float(s.stats.generated) for s in runs]).replace(".000", ""),
+                f"{np.mean([s.stats.generated for s in runs]):.0f}",
                 spread([s.stats.cache_hit_fraction for s in runs]),
                 spread([s.stats.dead_fraction for s in runs]),
                 f"{np.median([s.stats.generated / t for s, t in zip(runs, seconds[arm], strict=True)]):.1f}",

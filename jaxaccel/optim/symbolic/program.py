@@ -21,7 +21,10 @@ INPUTS = ("w", "g", "m", "v", "lr")
 MAX_LITERAL = 1e10
 """Largest magnitude of a number in a program."""
 
-Argument = str | float
+Argument = str | float | int
+
+
+_NAME = re.compile("[A-Za-z_][A-Za-z_0-9]*")
 
 
 class ProgramError(ValueError):
@@ -41,7 +44,12 @@ class Statement:
     op: str
     """Name of a function in ``FUNCTIONS``."""
     args: tuple[Argument, ...]
-    """Variables (str) and numbers (float), in the function's order."""
+    """Variables (str) and numbers, in the function's order."""
+
+    def __post_init__(self) -> None:
+        # Integers would be computed with as integers.
+        args = tuple(float(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in self.args)
+        object.__setattr__(self, "args", args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,7 @@ def check_syntax(program: Program) -> None:
                 raise ProgramError(f"{where}: an argument must be a variable or a number, got {arg!r}")
             elif not abs(arg) <= MAX_LITERAL:  # also refuses NaN
                 raise ProgramError(f"{where}: a number must be finite and at most {MAX_LITERAL:g}, got {arg!r}")
-        if not statement.target.isidentifier():
+        if not _NAME.fullmatch(statement.target):
             raise ProgramError(f"{where}: the target must be a name, got {statement.target!r}")
         known[statement.target] = None
     if len(program.outputs) != 3:

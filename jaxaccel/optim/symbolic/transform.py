@@ -100,8 +100,8 @@ def as_transform(program: Program, learning_rate: optax.ScalarOrSchedule) -> opt
     _, keeps_m, keeps_v = abstract.live_outputs(program)
     needed = abstract.reads(program)
 
-    def wide(x: Any) -> Any:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    def wide(x: Any, *others: Any) -> Any:
+        return x.astype(jnp.result_type(jnp.float32, x.dtype, *(other.dtype for other in others)))
 
     def init(params: optax.Params) -> ProgramState:
         _checks.check_floating_tree("params", params)
@@ -121,9 +121,14 @@ def as_transform(program: Program, learning_rate: optax.ScalarOrSchedule) -> opt
         for name, tree in (("params", params), ("the state", state.m), ("the state", state.v)):
             if tree is not None:
                 _checks.check_same_structure("updates", updates, name, tree)
-        g = jax.tree.map(wide, updates)
+        # One precision for all four, the widest of them.
+        given = [tree for tree in (updates, params, state.m, state.v) if tree is not None]
+        g = jax.tree.map(wide, *given)
         # What is not read may be anything; the gradients have the right shapes.
-        w, m, v = (g if x is None else jax.tree.map(wide, x) for x in (params, state.m, state.v))
+        w, m, v = (
+            g if x is None else jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), x, g)
+            for x in (params, state.m, state.v)
+        )
         lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
         step, new_m, new_v = execute(program, w, g, m, v, lr)
         return jax.tree.map(lambda u, x: (-u).astype(x.dtype), step, updates), ProgramState(
