@@ -156,7 +156,7 @@ def _summary(sweeps: list[Sweep]) -> Table:
                 f"{_gap(sweep):+.3f}",
                 f"{milliseconds([t.cost['step_s'] for t in new])} / {milliseconds([t.cost['step_s'] for t in old])}",
                 f"{megabytes(new[0].cost['state_bytes'])} / {megabytes(old[0].cost['state_bytes'])}",
-                f"{sweep.best_learning_rate('adamw') / sweep.best_learning_rate('lion'):g}",
+                f"{sweep.best_learning_rate('adamw') / sweep.best_learning_rate('lion'):.1f}",
             )
         )
     return Table(

@@ -157,6 +157,7 @@ def run(config: LionSearchConfig, session: Session) -> Generator[Progress, None,
     seconds: dict[str, list[float]] = {arm: [] for arm in EDITS}
     yield Progress("compiling the interpreter", 0, 1)
     search(ADAMW_PROGRAM), meta(ADAMW_PROGRAM)
+    yield Progress("compiling the interpreter", 1, 1)
     for seed in session.seeds:
         for arm in EDITS:
             state, spent = yield from _evolve(config, session, arm, seed, search, meta)
@@ -357,7 +358,7 @@ def _headline(config: LionSearchConfig, states: dict[str, list[SearchState]], ou
     left = {arm: sum(arms[i] == arm for i in last["alive"]) for arm in EDITS}
     entered = {arm: arms.count(arm) for arm in EDITS}
     return (
-        f"search: {hits:.0%} cache hits, {dead:.0%} dead statements; best fitness {best['full']:.3f} against "
+        f"{hits:.0%} cache hits, {dead:.0%} dead statements; best fitness {best['full']:.3f} against "
         f"{best['constants-only']:.3f} for tuning AdamW's constants with the same budget; of the best programs "
         f"{left['full']} of {entered['full']} (constants: {left['constants-only']} of {entered['constants-only']}) "
         f"still beat a tuned AdamW on the larger task"

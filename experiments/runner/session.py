@@ -77,6 +77,7 @@ class Session:
         if key not in self._programs:
             yield Progress(f"compiling {arm.name}", 0, 1)
             self._programs[key] = compile_programs(task, arm, self.placement)
+            yield Progress(f"compiling {arm.name}", 1, 1)
         identity = {
             "experiment": self.experiment.name,
             "config": json.loads(json.dumps(dataclasses.asdict(self.config), default=str)),

@@ -108,19 +108,18 @@ class Screen:
 
 
 def print_catalogue(out: pathlib.Path) -> None:
-    """The 33 methods, with the last result in ``out`` of those that have experiments."""
-    latest = results.latest(out)
-    table = RichTable(title="jaxaccel's methods", title_justify="left", show_lines=False)
-    for column in ("method", "family", "makes cheaper", "status", "run with", "last result"):
+    """The 33 methods, then the last result in ``out`` of each experiment."""
+    screen = Screen()
+    table = RichTable(title="jaxaccel's methods", title_justify="left")
+    for column in ("method", "family", "makes cheaper", "status", "run with"):
         table.add_column(column, overflow="fold")
     for method in METHODS:
-        found = [latest[name].comparison.headline for name in method.experiments if name in latest]
-        table.add_row(
-            method.slug,
-            method.family,
-            method.cheaper,
-            method.status,
-            "\n".join(method.experiments),
-            "\n".join(found) or ("not run yet" if method.status == "done" else ""),
-        )
-    Console(highlight=False).print(table)
+        table.add_row(method.slug, method.family, method.cheaper, method.status, ", ".join(method.experiments))
+    screen.console.print(table)
+    latest = results.latest(out)
+    screen.print(f"\n[bold]last results[/bold] in {out}")
+    for method in METHODS:
+        for name in method.experiments:
+            found = latest.get(name)
+            words = f"not run yet: python -m experiments run {name}" if found is None else found.comparison.headline
+            screen.print(f"  [bold]{name}[/bold]: {escape(words)}")

@@ -155,15 +155,13 @@ def scale_by_lion_lowp(
         key_words, key_impl = jax.random.key_data(typed), jax.random.key_impl(typed)
     lion = optax.scale_by_lion(b1, b2)
 
-    def init(params: optax.Params) -> ScaleByLionLowpState:
+    def init(params: Any) -> ScaleByLionLowpState:
         _check_floating("params", params)
         # A copy: a step that donates its state must not delete the words for the next init.
         words = None if key_words is None else jnp.copy(key_words)
         return ScaleByLionLowpState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype), words)
 
-    def update(
-        updates: optax.Updates, state: ScaleByLionLowpState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ScaleByLionLowpState]:
+    def update(updates: Any, state: ScaleByLionLowpState, params: Any = None) -> tuple[Any, ScaleByLionLowpState]:
         del params
         _check_floating("updates", updates)
         _checks.check_same_structure("updates", updates, "the state", state.mu)
@@ -425,12 +423,12 @@ def pack_small_leaves(
     _layout((), threshold)  # reports a bad threshold here, not in the first step
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: optax.Params) -> PackSmallLeavesState:
+    def init(params: Any) -> PackSmallLeavesState:
         return PackSmallLeavesState(tx.init(pack_tree(params, threshold=threshold)[0]))
 
     def update(
-        updates: optax.Updates, state: PackSmallLeavesState, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, PackSmallLeavesState]:
+        updates: Any, state: PackSmallLeavesState, params: Any = None, **extra: Any
+    ) -> tuple[Any, PackSmallLeavesState]:
         # The parameters' dtypes decide, as they did in init; gradients may differ.
         layout = _layout(updates if params is None else params, threshold)
         if params is not None:

@@ -259,3 +259,32 @@ def test_run_of_a_newer_version_is_not_touched(tmp_path, capsys):
     assert cli.main(["run", "lion", "--out", str(tmp_path), "--resume"]) == cli.FAILED
     assert "schema 99, written by a newer jaxaccel" in capsys.readouterr().err
     assert json.loads((directory / "run.json").read_text()) == info
+
+
+@pytest.mark.slow
+def test_full_disk_is_an_error_with_a_name_and_loses_nothing(tmp_path):
+    """A file-size limit stands for the full disk: the first trials fit, a checkpoint does not."""
+    words = f"{sys.executable} -m experiments run lion {' '.join(TINY)} --out {tmp_path}"
+    limited = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {words} --checkpoint-seconds 0"],
+        cwd=ROOT,
+        env=cli_environment(JAX_ENABLE_COMPILATION_CACHE="false"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert limited.returncode == cli.FAILED, limited.stdout + limited.stderr
+    assert "cannot save a checkpoint in" in limited.stderr
+    assert "--resume" in limited.stderr
+    done = subprocess.run(
+        [*words.split(), "--resume"],
+        cwd=ROOT,
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(results(tmp_path)) == 5

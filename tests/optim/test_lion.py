@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxaccel.optim import lion
 
@@ -315,8 +315,10 @@ def test_extra_arguments_and_parameterless_updates_pass():
     ],
     ids=["lowp", "packed"],
 )
-def test_sharded_over_eight_devices(make):
-    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+@pytest.mark.parametrize("axis_type", list(AxisType)[:2], ids=str)
+def test_sharded_over_eight_devices(make, axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     params = {"big": jnp.linspace(-1, 1, 32), "small": jnp.ones(3)}
     grads = jax.tree.map(jnp.cos, params)
     tx = make()

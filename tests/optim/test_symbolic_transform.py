@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxaccel.optim import symbolic
 from jaxaccel.optim.symbolic import ADAMW_PROGRAM, LION_PROGRAM
@@ -123,8 +123,10 @@ def test_mistakes_are_named():
         tx.init({"a": jnp.arange(3)})
 
 
-def test_sharded_over_eight_devices():
-    sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+@pytest.mark.parametrize("axis_type", list(AxisType)[:2], ids=str)
+def test_sharded_over_eight_devices(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     placed = {"a": PARAMS["a"], "b": jax.device_put(PARAMS["b"], sharding)}
     tx = symbolic.as_transform(ADAMW_PROGRAM, 1.0)
     got, state = run(tx, 3, placed)

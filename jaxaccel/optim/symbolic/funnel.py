@@ -5,10 +5,10 @@ larger task; the funnel finds out at a price that grows only for the few that ar
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxaccel.optim.symbolic.program import Program
+from jaxaccel.optim.symbolic.search import comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,8 @@ def funnel(
     alive: tuple[int, ...] = tuple(range(len(programs)))
     stages = []
     for name, fitness_fn in tasks.items():
-        bar = _finite(fitness_fn(baseline))
-        fitness = {i: _finite(fitness_fn(programs[i])) for i in alive}
+        bar = comparable(fitness_fn(baseline))
+        fitness = {i: comparable(fitness_fn(programs[i])) for i in alive}
         alive = tuple(sorted((i for i in alive if fitness[i] > bar), key=lambda i: (-fitness[i], i)))
         stages.append(FunnelStage(name, bar, fitness, alive))
     return tuple(stages)
-
-
-def _finite(value: float) -> float:
-    return float(value) if math.isfinite(value) else -math.inf

@@ -153,6 +153,16 @@ class SearchState:
         return self.history[-1].fitness
 
 
+def comparable(fitness: Any) -> float:
+    """A fitness as a float, with −inf for NaN, which compares with nothing, and for +inf, which nothing beats.
+
+    >>> comparable(1), comparable(float("nan"))
+    (1.0, -inf)
+    """
+    value = float(fitness)
+    return value if math.isfinite(value) else -math.inf
+
+
 def always_zero(program: Program) -> bool:
     r"""Whether a program's updates are exactly zero: three iterations with random weights and gradients are tried.
 
@@ -210,9 +220,7 @@ class _Search:
             fitness = -math.inf
         else:
             self.counts["evaluated"] += 1
-            fitness = float(self.fitness_fn(program))
-            if not math.isfinite(fitness):  # NaN would win or lose comparisons at random, +inf every one
-                fitness = -math.inf
+            fitness = comparable(self.fitness_fn(program))
         self.cache[key] = fitness
         if not self.history or fitness > self.history[-1].fitness:
             meta = None if self.meta_fn is None else float(self.meta_fn(program))

@@ -103,7 +103,7 @@ def as_transform(program: Program, learning_rate: optax.ScalarOrSchedule) -> opt
     def wide(x: Any, *others: Any) -> Any:
         return x.astype(jnp.result_type(jnp.float32, x.dtype, *(other.dtype for other in others)))
 
-    def init(params: optax.Params) -> ProgramState:
+    def init(params: Any) -> ProgramState:
         _checks.check_floating_tree("params", params)
 
         def zeros() -> Any:
@@ -112,9 +112,7 @@ def as_transform(program: Program, learning_rate: optax.ScalarOrSchedule) -> opt
 
         return ProgramState(jnp.zeros([], jnp.int32), zeros() if keeps_m else None, zeros() if keeps_v else None)
 
-    def update(
-        updates: optax.Updates, state: ProgramState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ProgramState]:
+    def update(updates: Any, state: ProgramState, params: Any = None) -> tuple[Any, ProgramState]:
         _checks.check_floating_tree("updates", updates)
         if params is None and "w" in needed:
             raise ValueError("this program reads the parameters: call update(updates, state, params), got params=None")
