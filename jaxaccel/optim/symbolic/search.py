@@ -392,7 +392,7 @@ def evolve(
     >>> import jax
     >>> from jaxaccel.optim.symbolic import ADAMW_PROGRAM
     >>> state = evolve(jax.random.key(0), lambda program: -len(program), init=ADAMW_PROGRAM, population=5,
-    ...                max_evaluations=10, weights=(0, 1, 0, 0))  # deletions only
+    ...                max_evaluations=10, max_generated=20, weights=(0, 1, 0, 0))  # deletions only
     >>> state.best_fitness > -len(ADAMW_PROGRAM)
     True
     """
