@@ -37,6 +37,7 @@ from jaxaccel.optim.symbolic import (
     parse,
     search_init,
     search_step,
+    shorten,
     simplify,
     state_from_json,
     state_to_json,
@@ -73,6 +74,8 @@ class LionSearchConfig(Config):
     """Best programs of each search that enter the funnel."""
     funnel_rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0)
     """Factors on AdamW's rate of 0.001 over which the funnel's baseline is tuned."""
+    tolerance: float = 0.005
+    """Fitness that shortening the best program may give up."""
     chunk: int = 50
     """Programs generated between two saves."""
 
@@ -163,11 +166,19 @@ def run(config: LionSearchConfig, session: Session) -> Generator[Progress, None,
             state, spent = yield from _evolve(config, session, arm, seed, search, meta)
             states[arm].append(state)
             seconds[arm].append(spent)
+    shortened = session.load("shortened")
+    if shortened is None:
+        yield Progress("shortening the best program", 0, 1)
+        best = max(states["full"], key=lambda state: state.best_fitness)
+        short, fitness = shorten(best.best, search, tolerance=config.tolerance, max_evaluations=config.evaluations)
+        shortened = {"text": to_text(short), "fitness": fitness, "of": len(best.best)}
+        session.save("shortened", shortened)
+        yield Progress("shortening the best program", 1, 1)
     outcome = session.load("funnel")
     if outcome is None:
         outcome = yield from _run_funnel(config, states)
         session.save("funnel", outcome)
-    return compare(config, states, seconds, outcome)
+    return compare(config, states, seconds, outcome, shortened)
 
 
 def _evolve(
@@ -240,6 +251,7 @@ def compare(
     states: dict[str, list[SearchState]],
     seconds: dict[str, list[float]],
     outcome: dict[str, Any],
+    shortened: dict[str, Any],
 ) -> Comparison:
     """Tables, figures, record rows and the headline, from finished searches."""
     start = states["full"][0].history[0].fitness
@@ -264,7 +276,7 @@ def compare(
     return Comparison(
         headline=_headline(config, states, outcome),
         rows=_rows(config, states, outcome),
-        tables=(searches, _funnel_table(outcome), _programs_table(states)),
+        tables=(searches, _funnel_table(outcome), _program_table(config, shortened)),
         figures=(_figure(states),),
         notes=(
             "Fitness is measured on the split that the search selects by, and is optimistic; the funnel's tasks use "
@@ -297,11 +309,13 @@ def _funnel_table(outcome: dict[str, Any]) -> Table:
     )
 
 
-def _programs_table(states: dict[str, list[SearchState]]) -> Table:
-    best = max(states["full"], key=lambda state: state.best_fitness)
-    lines = to_text(simplify(best.best, cross_iteration=True)).splitlines()
+def _program_table(config: LionSearchConfig, shortened: dict[str, Any]) -> Table:
     return Table(
-        "the best program of the full search, dead statements removed", ("program",), tuple((x,) for x in lines)
+        "the best program of the full search, shortened",
+        ("program",),
+        tuple((line,) for line in shortened["text"].splitlines()),
+        f"from {shortened['of']} statements, giving up at most {config.tolerance:g} of its fitness; "
+        f"left is a fitness of {shortened['fitness']:.3f}",
     )
 
 

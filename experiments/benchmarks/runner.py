@@ -75,7 +75,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     """The runner's whole wall time of a trial, result file included, over the bare loop's."""
     arm = Arm("adam", optax.adam, (1e-3,))
     tasks = (
-        python_topics_task(batch_size=64, steps=60, evaluations=6),
+        python_topics_task(batch_size=64, steps=100, evaluations=10),
         digits_task("cnn", batch_size=64, epochs=60),
     )
     for task in tasks:

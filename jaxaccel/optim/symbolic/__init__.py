@@ -38,6 +38,7 @@ from jaxaccel.optim.symbolic.search import (
     state_from_json,
     state_to_json,
 )
+from jaxaccel.optim.symbolic.shorten import shorten
 from jaxaccel.optim.symbolic.transform import ProgramState, as_transform, execute
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "program_hash",
     "search_init",
     "search_step",
+    "shorten",
     "simplify",
     "state_from_json",
     "state_to_json",
