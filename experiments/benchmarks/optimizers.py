@@ -74,11 +74,13 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
         {
             "program": Stepper(as_transform(LION_PROGRAM, 1e-4), params, grads),
             "lion": Stepper(optax.lion(1e-4, weight_decay=0.1), params, grads),
+            "adamw": Stepper(optax.adamw(1e-3), params, grads),
             "bytes": Stepper(moving(1), tree(1), tree(1)),
         },
         repeats=options.repeats,
     )
     yield _ratio(timings, "program", "lion", "Lion program as a transform / optax.lion, 10 M parameters", "<= 1.10")
+    yield _ratio(timings, "lion", "adamw", "optax.lion / optax.adamw, 10 M parameters")
     yield _ratio(timings, "lion", "bytes", "optax.lion, 10 M parameters / moving the same arrays as one leaf")
 
     params = tree(1000, 1_000_000)

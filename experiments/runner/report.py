@@ -30,7 +30,7 @@ section { padding: 22px 26px; margin: 22px 0; }
 .headline { font-size: 16px; border-left: 4px solid #3b6fb6; padding: 2px 0 2px 12px; margin: 10px 0 14px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 4px 0; min-width: 50%; }
-th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: pre; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: 13px; padding-top: 6px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 18px; }
