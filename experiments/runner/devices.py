@@ -47,6 +47,15 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set on any process; all processes must call this at the same point."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where the arrays of a training run live: a one-dimensional mesh over all devices of all processes.

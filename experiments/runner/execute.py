@@ -70,6 +70,9 @@ def run_one(
     screen: "terminal.Screen",
 ) -> Comparison:
     """Run or resume one experiment in ``directory`` and write its result and record rows."""
+    records.read_rows(
+        settings.out / RECORDS
+    )  # a file that cannot be appended to is reported before the work, not after
     session = Session(experiment, config, settings, directory, interrupt)
     mark(directory, "running")
     with screen.progress(experiment) as update:

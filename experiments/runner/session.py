@@ -148,6 +148,7 @@ class Session:
         """Save JSON data atomically, then stop here if the user asked for it."""
         if devices.is_main_process():
             files.write_json(self.directory / "state" / f"{name}.json", value)
+        self.interrupt.requested = devices.any_process(self.interrupt.requested)
         self.interrupt.check(f"saved {name}")
 
     def __repr__(self) -> str:

@@ -144,13 +144,15 @@ def run_trial(
             state = steps.advance(state, step, seed)
             step += task.sync
             due = time.monotonic() - saved_at > checkpoint_seconds
-            # All hosts must agree on when to save, so a multi-host run saves by steps, not by its own clock.
             if jax.process_count() > 1:
+                # All hosts must save and stop together: by steps, not by their own clocks and signals.
                 due = step % (task.eval_every * 10) == 0
-            if (interrupt.requested or due) and step < task.steps:
-                checkpoints.save(step, {"state": state, "history": history})
-                saved_at, saved_step = time.monotonic(), step
-            interrupt.check(f"{label}: {step} of {task.steps} steps, saved after step {saved_step}")
+            if jax.process_count() == 1 or step % task.eval_every == 0:
+                interrupt.requested = devices.any_process(interrupt.requested)
+                if (interrupt.requested or due) and step < task.steps:
+                    checkpoints.save(step, {"state": state, "history": history})
+                    saved_at, saved_step = time.monotonic(), step
+                interrupt.check(f"{label}: {step} of {task.steps} steps, saved after step {saved_step}")
             yield Progress(label, step, task.steps, steps.note)
         result = _finish(task, arm, learning_rate, seed, state, programs, steps, key)
         if keep_params:

@@ -232,6 +232,15 @@ def test_report_is_one_file_without_addresses(uninterrupted, capsys):
     assert "optimizer memory 2.0 times smaller" in page
 
 
+def test_records_of_a_newer_version_stop_a_run_before_its_work(tmp_path, capsys):
+    line = '{"schema": 99}\n'
+    (tmp_path / "records.jsonl").write_text(line)
+    assert cli.main(["run", "lion", *TINY, "--out", str(tmp_path)]) == cli.FAILED
+    assert "99" in capsys.readouterr().err
+    assert (tmp_path / "records.jsonl").read_text() == line
+    assert not results(tmp_path)
+
+
 def test_list_shows_all_methods_and_the_last_result(uninterrupted, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     assert cli.main(["list", "--out", str(uninterrupted[0])]) == 0

@@ -1,5 +1,6 @@
 """Data: exact positions, disjoint splits, full-size loaders on tiny local sets of the same formats."""
 
+import dataclasses
 import io
 import json
 
@@ -214,3 +215,39 @@ def test_ids_of_processes_are_checked():
     with pytest.raises(ValueError, match=r"--process-id must be in \[0, 2\), got 2"):
         initialize_processes("127.0.0.1:1", 2, 2)
     assert jax.process_count() == 1
+
+
+def test_search_reads_windows_of_bytes_from_text(tmp_path):
+    from experiments.lion_search import text_windows
+
+    texts = ["abcdefghijkl" * 3, "xyz", "0123456789" * 4]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n")
+    options = {"name": "json", "data_files": str(tmp_path / "text.jsonl")}
+    windows = text_windows("train", 4, 8, **options)
+    assert windows.dtype == np.uint8
+    assert bytes(windows[0]).decode() == "abcdefghi"
+    assert bytes(text_windows("train", 2, 8, skip=1, **options)[0]).decode() == "012345678"
+    with pytest.raises(hub.DataError, match="gives 8 windows after 0 rows, not 100"):
+        text_windows("train", 100, 8, **options)
+
+
+def test_full_adversarial_task_traces_with_the_papers_network(tmp_path):
+    """ResNet-18 and PGD on the hub's format: shapes of the loss, its gradient and the metrics, without compiling."""
+    from experiments import accelat
+
+    parquet(tmp_path / "train.parquet", "img", 24, (32, 32, 3))
+    parquet(tmp_path / "test.parquet", "img", 8, (32, 32, 3), seed=1)
+    files = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / "test.parquet")}
+    splits = tasks_full.cifar_splits("parquet", validation=8, data_files=files)
+    splits["train"]["labels"][0] = 9  # ten classes, whatever the few labels drawn
+    config = accelat.EXPERIMENT.presets["full"]
+    task = accelat.make_task(dataclasses.replace(config, batch_size=8), splits)
+    key = jax.random.key(0)
+    params, state = jax.eval_shape(task.init, key)
+    batch = jax.tree.map(lambda a: a[0], task.batches.chunk(0, 0, 1))
+    (loss, new_state), grads = jax.eval_shape(jax.value_and_grad(task.loss, has_aux=True), params, state, batch, key)
+    assert loss.shape == ()
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert jax.tree.map(lambda a: a.shape, new_state) == jax.tree.map(lambda a: a.shape, state)
+    assert set(jax.eval_shape(task.final, params, state, task.test, key)) == {"pgd", "clean"}
+    assert task.model["params"] == 11_173_962

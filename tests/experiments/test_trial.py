@@ -115,6 +115,18 @@ def test_eight_devices_give_the_single_device_curve(task, tmp_path, parameters):
     assert (tmp_path / "eight" / "final").exists()
 
 
+def test_a_sharded_trial_resumes_with_the_same_bits(task, tmp_path):
+    """Eight devices, parameters and optimizer state split over them, saved by shards and read back."""
+    wide = task(init=lambda key: ({"w": 0.1 * jax.random.normal(key, (4,)), "unused": jnp.ones((16, 3))}, ()))
+    placement = Placement.over_all_devices("fsdp")
+    whole = train(wide, tmp_path / "whole", placement=placement)
+    with pytest.raises(Interrupted):
+        train(wide, tmp_path / "parts", placement=placement, interrupt=StopAfter(2))
+    resumed = train(wide, tmp_path / "parts", placement=placement)
+    assert resumed.params_digest == whole.params_digest
+    np.testing.assert_array_equal(resumed.curves["train_loss"], whole.curves["train_loss"])
+
+
 def test_fsdp_splits_parameters_and_state(task):
     placement = Placement.over_all_devices("fsdp")
     wide = task(init=lambda key: ({"w": jnp.ones((4,)), "table": jnp.ones((3, 16))}, ()))
