@@ -9,7 +9,7 @@ both are trained again on tasks that the search never saw, against an AdamW whos
 import dataclasses
 import time
 from collections.abc import Callable, Generator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,23 +88,34 @@ class LionSearchConfig(Config):
         SearchConfig(self.population, self.tournament, self.max_length)  # checks these
 
 
-def proxy(config: LionSearchConfig, *, seed: int, split: str, scale: int = 1) -> Fitness:
-    """A training task as a fitness function: accuracy (lm1b: negative loss) on ``split`` after training.
+class DigitsProblem(NamedTuple):
+    """A small classifier of digits, ready to be trained by anything.
 
-    ``seed`` gives the initialisation and the order of the data; ``scale`` makes the task wider and longer.
+    Attributes:
+        loss: ``(params, batch) -> scalar``.
+        accuracy: ``(params, held_out) -> scalar``.
+        params: initial parameters.
+        batches: all batches in order, ``{"x": [steps, B, ...], "y": [steps, B]}``.
+        held_out: images and labels to be measured on.
     """
-    width, steps = config.width * scale, config.steps * scale
-    if config.dataset == "lm1b":
-        return _language_proxy(config, seed=seed, split=split, width=width, steps=steps)
+
+    loss: Callable[[Any, Any], jax.Array]
+    accuracy: Callable[[Any, Any], jax.Array]
+    params: Any
+    batches: Any
+    held_out: tuple[np.ndarray, np.ndarray]
+
+
+def digits_problem(config: LionSearchConfig, *, seed: int, split: str, scale: int = 1) -> DigitsProblem:
+    """The proxy task on digits; arguments as in `proxy`."""
     digits = load_digits(900, 500)
     held_out = {
         "search": (digits.validation.images[:300], digits.validation.labels[:300]),
         "meta": (digits.validation.images[300:], digits.validation.labels[300:]),
         "test": (digits.test.images, digits.test.labels),
     }[split]
-    init, apply = functional(lambda rngs: MLP([64, width, 10], rngs=rngs))
+    init, apply = functional(lambda rngs: MLP([64, config.width * scale, 10], rngs=rngs))
     params, state = init(jax.random.key(seed))
-    batches = Epochs({"x": digits.train.images - 0.5, "y": digits.train.labels}, config.batch_size)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         logits, _ = apply(params, state, batch["x"], train=True)
@@ -113,9 +124,20 @@ def proxy(config: LionSearchConfig, *, seed: int, split: str, scale: int = 1) ->
     def accuracy(params: Any, data: Any) -> jax.Array:
         return jnp.mean(jnp.argmax(apply(params, state, data[0] - 0.5, train=False)[0], -1) == data[1])
 
-    return make_fitness(
-        loss, accuracy, params, batches.chunk(seed, 0, steps), held_out, steps, max_statements=config.max_length
-    )
+    data = Epochs({"x": digits.train.images - 0.5, "y": digits.train.labels}, config.batch_size)
+    return DigitsProblem(loss, accuracy, params, data.chunk(seed, 0, config.steps * scale), held_out)
+
+
+def proxy(config: LionSearchConfig, *, seed: int, split: str, scale: int = 1) -> Fitness:
+    """A training task as a fitness function: accuracy (lm1b: negative loss) on ``split`` after training.
+
+    ``seed`` gives the initialisation and the order of the data; ``scale`` makes the task wider and longer.
+    """
+    steps = config.steps * scale
+    if config.dataset == "lm1b":
+        return _language_proxy(config, seed=seed, split=split, width=config.width * scale, steps=steps)
+    problem = digits_problem(config, seed=seed, split=split, scale=scale)
+    return make_fitness(*problem, steps, max_statements=config.max_length)
 
 
 def _language_proxy(config: LionSearchConfig, *, seed: int, split: str, width: int, steps: int) -> Fitness:

@@ -3,19 +3,15 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments.benchmarks import BenchOptions, Measurement
-from experiments.data.arrays import Epochs
-from experiments.data.digits import load_digits
-from experiments.lion_search import LionSearchConfig, proxy
+from experiments.lion_search import DigitsProblem, LionSearchConfig, digits_problem, proxy
 from experiments.runner import stats
-from experiments.tasks import functional
-from jaxaccel.models import MLP
 from jaxaccel.optim.symbolic import ADAMW_PROGRAM, Program, as_transform, mutate
 
 
@@ -28,37 +24,27 @@ def programs(count: int) -> list[Program]:
     return found[:count]
 
 
-def train_compiled(config: LionSearchConfig, program: Program) -> float:
-    """The same training as `proxy`, traced and compiled for this one program."""
-    digits = load_digits(900, 500)
-    init, apply = functional(lambda rngs: MLP([64, config.width, 10], rngs=rngs))
-    params, state = init(jax.random.key(0))
-    batches = Epochs({"x": digits.train.images - 0.5, "y": digits.train.labels}, config.batch_size)
+def train_compiled(problem: DigitsProblem, program: Program) -> float:
+    """The same training as the interpreter's, traced and compiled for this one program."""
     tx = as_transform(program, 1.0)
 
     @jax.jit
-    def train(params, batches, images, labels):
-        def step(carry, batch):
+    def train(params: Any, batches: Any, held_out: Any) -> jax.Array:
+        def step(carry: Any, batch: Any) -> tuple[Any, None]:
             params, opt = carry
-
-            def loss(params):
-                logits, _ = apply(params, state, batch["x"], train=True)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-
-            updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+            updates, opt = tx.update(jax.grad(problem.loss)(params, batch), opt, params)
             return (optax.apply_updates(params, updates), opt), None
 
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
-        return jnp.mean(jnp.argmax(apply(params, state, images - 0.5, train=False)[0], -1) == labels)
+        return problem.accuracy(params, held_out)
 
-    held_out = digits.validation
-    accuracy = train(params, batches.chunk(0, 0, config.steps), held_out.images[:300], held_out.labels[:300])
-    return float(accuracy)
+    return float(train(problem.params, problem.batches, problem.held_out))
 
 
 def measure(options: BenchOptions) -> Iterator[Measurement]:
     """Programs per second, each program seen once, as in a search."""
     config = dataclasses.replace(LionSearchConfig(), seeds=1)
+    problem = digits_problem(config, seed=0, split="search")
     fitness = proxy(config, seed=0, split="search")
     fitness(ADAMW_PROGRAM)  # compiles the interpreter, once for all programs
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -67,7 +53,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     try:
         for program in programs(1 + options.repeats)[1:]:
             began = time.perf_counter()
-            train_compiled(config, program)
+            train_compiled(problem, program)
             seconds[0].append(time.perf_counter() - began)
             began = time.perf_counter()
             fitness(program)

@@ -13,9 +13,12 @@ from jaxaccel.optim import exadam, pack_tree, unpack_tree
 from jaxaccel.optim.symbolic import LION_PROGRAM, as_transform
 
 PARAMETERS = 10_000_000
+LEAVES = (10, 1000)
+TINY_LEAVES = (1000, 1_000_000)
+"""Leaves and parameters of the tree that is packed."""
 
 
-def tree(leaves: int, total: int = PARAMETERS) -> dict[str, jax.Array]:
+def tree(leaves: int, total: int) -> dict[str, jax.Array]:
     """A parameter tree of ``leaves`` equal leaves."""
     return {f"leaf{i:04d}": jnp.full((total // leaves,), 0.01 * (i + 1)) for i in range(leaves)}
 
@@ -52,14 +55,14 @@ def moving(moments: int) -> optax.GradientTransformation:
 
 def measure(options: BenchOptions) -> Iterator[Measurement]:
     """EXAdam over AdamW, the Lion program over `optax.lion`, packed leaves over plain ones."""
-    for leaves in (10, 1000):
-        params = tree(leaves)
+    for leaves in LEAVES:
+        params = tree(leaves, PARAMETERS)
         grads = jax.tree.map(lambda p: 0.1 * p, params)
         timings = cost.time_in_turn(
             {
                 "exadam": Stepper(exadam(1e-3), params, grads),
                 "adamw": Stepper(optax.adamw(1e-3), params, grads),
-                "bytes": Stepper(moving(2), tree(1), tree(1)),
+                "bytes": Stepper(moving(2), tree(1, PARAMETERS), tree(1, PARAMETERS)),
             },
             repeats=options.repeats,
         )
@@ -68,14 +71,14 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
         yield _ratio(timings, "exadam", "bytes", f"exadam, {where} / moving the same arrays as one leaf")
         yield _ratio(timings, "adamw", "bytes", f"optax.adamw, {where} / moving the same arrays as one leaf")
 
-    params = tree(10)
+    params = tree(LEAVES[0], PARAMETERS)
     grads = jax.tree.map(lambda p: 0.1 * p, params)
     timings = cost.time_in_turn(
         {
             "program": Stepper(as_transform(LION_PROGRAM, 1e-4), params, grads),
             "lion": Stepper(optax.lion(1e-4, weight_decay=0.1), params, grads),
             "adamw": Stepper(optax.adamw(1e-3), params, grads),
-            "bytes": Stepper(moving(1), tree(1), tree(1)),
+            "bytes": Stepper(moving(1), tree(1, PARAMETERS), tree(1, PARAMETERS)),
         },
         repeats=options.repeats,
     )
@@ -83,7 +86,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     yield _ratio(timings, "lion", "adamw", "optax.lion / optax.adamw, 10 M parameters")
     yield _ratio(timings, "lion", "bytes", "optax.lion, 10 M parameters / moving the same arrays as one leaf")
 
-    params = tree(1000, 1_000_000)
+    params = tree(*TINY_LEAVES)
     packed, layout = pack_tree(params)
 
     def loss(values: Any) -> jax.Array:

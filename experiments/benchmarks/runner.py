@@ -44,12 +44,11 @@ def bare_loop(task: Task, arm: Arm) -> Any:
     return run
 
 
-def driven(task: Task, arm: Arm) -> Any:
+def driven(task: Task, arm: Arm, scratch: pathlib.Path) -> Any:
     """The same through the runner, with its checkpoints, history and progress."""
     placement = Placement.over_all_devices(count=1)
     programs = compile_programs(task, arm, placement)
     count = [0]
-    scratch = tempfile.TemporaryDirectory()
 
     def run() -> float:
         count[0] += 1
@@ -61,7 +60,7 @@ def driven(task: Task, arm: Arm) -> Any:
             0,
             programs=programs,
             placement=placement,
-            directory=pathlib.Path(scratch.name) / str(count[0]),
+            directory=scratch / str(count[0]),
             identity={},
             interrupt=Interrupt(),
         ):
@@ -71,20 +70,25 @@ def driven(task: Task, arm: Arm) -> Any:
     return run
 
 
-def measure(options: BenchOptions) -> Iterator[Measurement]:
-    """The runner's whole wall time of a trial, result file included, over the bare loop's."""
-    arm = Arm("adam", optax.adam, (1e-3,))
-    tasks = (
+def tasks() -> tuple[Task, ...]:
+    """A task whose steps are scanned and one whose steps are dispatched one by one."""
+    return (
         python_topics_task(batch_size=64, steps=100, evaluations=10),
         digits_task("cnn", batch_size=64, epochs=60),
     )
-    for task in tasks:
-        bare, runner = bare_loop(task, arm), driven(task, arm)
-        bare(), runner()  # compile
+
+
+def measure(options: BenchOptions) -> Iterator[Measurement]:
+    """The runner's whole wall time of a trial, result file included, over the bare loop's."""
+    arm = Arm("adam", optax.adam, (1e-3,))
+    for task in tasks():
         seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(max(3, options.repeats // 2)):
-            seconds[0].append(runner())
-            seconds[1].append(bare())
+        with tempfile.TemporaryDirectory() as scratch:
+            bare, runner = bare_loop(task, arm), driven(task, arm, pathlib.Path(scratch))
+            bare(), runner()  # compile
+            for _ in range(max(3, options.repeats // 2)):
+                seconds[0].append(runner())
+                seconds[1].append(bare())
         top, bottom = (float(np.median(s)) for s in seconds)
         yield Measurement(
             f"runner / bare jitted loop, {task.name}, {task.steps} steps",

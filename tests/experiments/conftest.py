@@ -50,22 +50,23 @@ def task() -> Callable[..., Task]:
     return linear_task
 
 
-@pytest.fixture
-def command(tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``python -m experiments`` in a process of its own, on one device."""
+def start_cli(*words: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start ``python -m experiments`` in a process of its own, on one device."""
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", "experiments", *words],
+        cwd=ROOT,
+        env=cli_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-    def run(*words: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "experiments", *words],
-            cwd=ROOT,
-            env=cli_environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
 
-    return run
+def run_cli(*words: str, prefix: tuple[str, ...] = (), **environment: str) -> tuple[int, str, str]:
+    """Run ``python -m experiments`` to its end; returns the exit code and what it printed."""
+    process = start_cli(*words, prefix=prefix, **environment)
+    printed, errors = process.communicate(timeout=240)
+    return process.returncode, printed, errors
 
 
 def cli_environment(**more: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 from experiments.runner import cli
 from jaxaccel import records
-from tests.experiments.conftest import ROOT, TINY, cli_environment
+from tests.experiments.conftest import TINY, run_cli, start_cli
 
 
 def results(out: pathlib.Path) -> dict[str, dict]:
@@ -44,17 +43,9 @@ def record_rows(out: pathlib.Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments", "run", "lion", *TINY, "--out", str(out)],
-        cwd=ROOT,
-        env=cli_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    code, printed, errors = run_cli("run", "lion", *TINY, "--out", str(out))
+    assert code == 0, errors
+    return out, printed
 
 
 def test_run_prints_tables_and_writes_records(uninterrupted):
@@ -70,13 +61,11 @@ def test_run_prints_tables_and_writes_records(uninterrupted):
 @pytest.mark.slow
 def test_sigkill_at_any_moment_and_resume_gives_the_same_bits(uninterrupted, tmp_path):
     """Kill at moments spread over the whole run, through imports, compilation, training, saving and recording."""
-    words = [sys.executable, "-m", "experiments", "run", "lion", *TINY, "--out", str(tmp_path), "--resume"]
+    words = ["run", "lion", *TINY, "--out", str(tmp_path), "--resume"]
     words += ["--checkpoint-seconds", "0"]  # a save at every boundary: the most moments at which one can be torn
     kills, delay = 0, 2.5
     while True:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=cli_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = start_cli(*words)
         try:
             _, errors = process.communicate(timeout=delay)
             break
@@ -95,14 +84,7 @@ def test_sigkill_at_any_moment_and_resume_gives_the_same_bits(uninterrupted, tmp
 
 def test_interrupt_saves_says_how_to_go_on_and_resumes(uninterrupted, tmp_path):
     words = ["run", "lion", *TINY, "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *words],
-        cwd=ROOT,
-        env=cli_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_cli(*words)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/trials/*/result.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -113,16 +95,8 @@ def test_interrupt_saves_says_how_to_go_on_and_resumes(uninterrupted, tmp_path):
     assert "--resume" in printed
     (info,) = tmp_path.glob("runs/*/run.json")
     assert json.loads(info.read_text())["status"] == "interrupted"
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments", *words, "--resume"],
-        cwd=ROOT,
-        env=cli_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run_cli(*words, "--resume")
+    assert code == 0, errors
     assert results(tmp_path) == results(uninterrupted[0])
 
 
@@ -147,17 +121,7 @@ def free_port() -> int:
 def test_two_processes_give_the_single_process_curves(uninterrupted, tmp_path):
     port = free_port()
     words = ["run", "lion", *TINY, "--out", str(tmp_path), "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments", *words, "--process-id", str(rank)],
-            cwd=ROOT,
-            env=cli_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = [start_cli(*words, "--process-id", str(rank)) for rank in range(2)]
     output = [process.communicate(timeout=240) for process in processes]
     for process, (_, errors) in zip(processes, output, strict=True):
         assert process.returncode == 0, errors[-3000:]
@@ -273,27 +237,17 @@ def test_run_of_a_newer_version_is_not_touched(tmp_path, capsys):
 @pytest.mark.slow
 def test_full_disk_is_an_error_with_a_name_and_loses_nothing(tmp_path):
     """A file-size limit stands for the full disk: the first trials fit, a checkpoint does not."""
-    words = f"{sys.executable} -m experiments run lion {' '.join(TINY)} --out {tmp_path}"
-    limited = subprocess.run(
-        ["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {words} --checkpoint-seconds 0"],
-        cwd=ROOT,
-        env=cli_environment(JAX_ENABLE_COMPILATION_CACHE="false"),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
+    words = ("run", "lion", *TINY, "--out", str(tmp_path))
+    code, _, errors = run_cli(
+        *words,
+        "--checkpoint-seconds",
+        "0",
+        prefix=("bash", "-c", "trap '' XFSZ; ulimit -f 200; exec \"$@\"", "bash"),
+        JAX_ENABLE_COMPILATION_CACHE="false",
     )
-    assert limited.returncode == cli.FAILED, limited.stdout + limited.stderr
-    assert "cannot save a checkpoint in" in limited.stderr
-    assert "--resume" in limited.stderr
-    done = subprocess.run(
-        [*words.split(), "--resume"],
-        cwd=ROOT,
-        env=cli_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    assert code == cli.FAILED, errors
+    assert "cannot save a checkpoint in" in errors
+    assert "--resume" in errors
+    code, _, errors = run_cli(*words, "--resume")
+    assert code == 0, errors
     assert len(results(tmp_path)) == 5
