@@ -59,6 +59,7 @@ class Programs:
     evaluate: Any
     final: Any
     shapes: TrainState
+    metrics: tuple[str, ...]
     cost: cost.ProgramCost
     state_bytes: int
 
@@ -86,6 +87,7 @@ def compile_programs(task: Task, arm: Arm, placement: devices.Placement) -> Prog
         evaluate=jax.jit(task.evaluate, out_shardings=placement.replicated),
         final=jax.jit(task.final or task.evaluate, out_shardings=placement.replicated),
         shapes=template,
+        metrics=_metrics(task, shapes),
         cost=program_cost,
         state_bytes=cost.tree_bytes(shapes.opt_state),
     )
@@ -131,7 +133,7 @@ def run_trial(
     checkpoints = Checkpoints(directory / "checkpoints", identity)
     try:
         rate, key = placement.replicate(np.float32(learning_rate)), _replicated_key(placement, seed)
-        history = _empty_history(task, programs, placement)
+        history = _empty_history(task, programs)
         restored = checkpoints.restore({"state": programs.shapes, "history": history})
         if restored is None:
             step, state = 0, programs.init(key, rate)
@@ -168,18 +170,21 @@ def run_trial(
         checkpoints.close()
 
 
-def _empty_history(task: Task, programs: Programs, placement: devices.Placement) -> dict[str, Any]:
+def _metrics(task: Task, shapes: TrainState) -> tuple[str, ...]:
+    """Names of the metrics that the task evaluates, which must include those that it names."""
+    found = jax.eval_shape(task.evaluate, shapes.params, shapes.model_state, task.validation, jax.random.key(0))
+    if task.metric not in found:
+        raise ValueError(f"task {task.name!r}: evaluate returns {sorted(found)}, which lacks metric {task.metric!r}")
+    if task.feedback is not None and task.feedback not in found:
+        raise ValueError(f"task {task.name!r}: evaluate returns {sorted(found)}, without feedback {task.feedback!r}")
+    return tuple(found)
+
+
+def _empty_history(task: Task, programs: Programs) -> dict[str, Any]:
     evaluations = task.steps // task.eval_every
-    metrics = jax.eval_shape(
-        task.evaluate, programs.shapes.params, programs.shapes.model_state, task.validation, jax.random.key(0)
-    )
-    if task.metric not in metrics:
-        raise ValueError(f"task {task.name!r}: evaluate returns {sorted(metrics)}, which lacks metric {task.metric!r}")
-    if task.feedback is not None and task.feedback not in metrics:
-        raise ValueError(f"task {task.name!r}: evaluate returns {sorted(metrics)}, without feedback {task.feedback!r}")
     return {
         "train_loss": np.full(task.steps, np.nan, np.float32),
-        "metrics": {name: np.full(evaluations, np.nan, np.float32) for name in metrics},
+        "metrics": {name: np.full(evaluations, np.nan, np.float32) for name in programs.metrics},
         "sync_s": np.full(task.steps // task.sync, np.nan, np.float64),
         "diverged": np.zeros((), bool),
     }
