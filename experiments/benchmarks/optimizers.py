@@ -9,7 +9,7 @@ import optax
 
 from experiments.benchmarks import BenchOptions, Measurement
 from experiments.runner import cost
-from jaxaccel.optim import exadam, pack_tree, unpack_tree
+from jaxaccel.optim import exadam, lion_lowp, pack_small_leaves, pack_tree, unpack_tree
 from jaxaccel.optim.symbolic import LION_PROGRAM, as_transform
 
 PARAMETERS = 10_000_000
@@ -78,12 +78,14 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
             "program": Stepper(as_transform(LION_PROGRAM, 1e-4), params, grads),
             "lion": Stepper(optax.lion(1e-4, weight_decay=0.1), params, grads),
             "adamw": Stepper(optax.adamw(1e-3), params, grads),
+            "rounded": Stepper(lion_lowp(1e-4, stochastic_rounding=True, key=jax.random.key(0)), params, grads),
             "bytes": Stepper(moving(1), tree(1, PARAMETERS), tree(1, PARAMETERS)),
         },
         repeats=options.repeats,
     )
     yield _ratio(timings, "program", "lion", "Lion program as a transform / optax.lion, 10 M parameters", "<= 1.10")
     yield _ratio(timings, "lion", "adamw", "optax.lion / optax.adamw, 10 M parameters")
+    yield _ratio(timings, "rounded", "lion", "lion_lowp, bf16 rounded stochastically / optax.lion, 10 M parameters")
     yield _ratio(timings, "lion", "bytes", "optax.lion, 10 M parameters / moving the same arrays as one leaf")
 
     params = tree(*TINY_LEAVES)
@@ -111,12 +113,14 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
         {
             "packed": Stepper(optax.lion(1e-4), packed, jax.tree.map(lambda p: 0.1 * p, packed)),
             "plain": plain,
+            "wrapped": Stepper(pack_small_leaves(optax.lion(1e-4)), params, jax.tree.map(lambda p: 0.1 * p, params)),
             "packed_training": train(lambda p: loss(unpack_tree(p, layout)), packed),
             "plain_training": train(loss, params),
         },
         repeats=options.repeats,
     )
     yield _ratio(timings, "packed", "plain", "lion update, 1,000 leaves of 1k packed / plain", "<= 1.0")
+    yield _ratio(timings, "wrapped", "plain", "the same with pack_small_leaves / plain")
     yield _ratio(timings, "packed_training", "plain_training", "the same with the gradient of a loss over all leaves")
 
 
