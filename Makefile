@@ -15,6 +15,9 @@ PYTEST_ARGS ?=
 # The stamp's name holds the hash of what is installed: new pins make a new environment, nothing else does.
 hash = $(shell cat $(1) | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(call hash,requirements/dev.txt)
+COMPILERS := .compilers
+COMPILERS_STAMP := $(COMPILERS)/.installed-$(call hash,requirements/compilers.txt)
+export KERNELS_PALLAS_COMPILERS := $(CURDIR)/$(COMPILERS)
 LOWEST_STAMP := $(LOWEST)/.installed-$(call hash,requirements/lowest.txt)
 
 # python3.11 if there is one, else any python3 that is new enough; with the venv module, which Debian packages apart.
@@ -49,8 +52,21 @@ demo: $(STAMP)  ## run the optimizer experiments on two cores and write a report
 	$(RUN) -m experiments run exadam lion lion_search accelat --preset quick --out $(OUT)
 	$(RUN) -m experiments report --out $(OUT)
 
+.PHONY: compilers
+compilers: $(COMPILERS_STAMP)  ## install the TPU and GPU compilers that prove kernels, in .compilers (1.1 GB, no chip needed)
+
+$(COMPILERS_STAMP): | $(STAMP)
+	@echo "installing requirements/compilers.txt into $(COMPILERS)"
+	@rm -rf $(COMPILERS)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --root-user-action ignore --no-deps --require-hashes --target $(COMPILERS) -r requirements/compilers.txt
+	@touch $@
+
+.PHONY: prove
+prove: $(COMPILERS_STAMP)  ## compile every Pallas kernel with the real TPU and GPU compilers and print what it needs and costs
+	$(RUN) -m kernels_pallas.prove --compare all
+
 .PHONY: test
-test: $(STAMP)  ## run the whole test suite
+test: $(STAMP) $(COMPILERS_STAMP)  ## run the whole test suite
 	@echo "running the tests with $(PYTEST_WORKERS) workers"
 	$(RUN) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
@@ -71,7 +87,8 @@ bench: $(STAMP)  ## print speed ratios, measured in turn in one process
 
 .PHONY: test-lowest
 test-lowest: $(LOWEST_STAMP)  ## test the library with the oldest versions that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest tests/optim tests/robustness tests/kernels_pallas tests/test_records.py
+	$(LOWEST)/bin/python -m pytest tests/optim tests/robustness tests/test_records.py \
+	  tests/attention tests/forecasting tests/kernels_pallas --ignore=tests/kernels_pallas/prove
 
 $(LOWEST_STAMP):
 	@$(find_python); \
@@ -87,5 +104,5 @@ lock: $(STAMP)  ## pin again what pyproject.toml asks for, into requirements/dev
 
 .PHONY: clean
 clean:  ## remove environments, caches and build outputs (not out/, which holds your results)
-	rm -rf $(VENV) $(LOWEST) site build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(COMPILERS) site build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

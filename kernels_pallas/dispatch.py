@@ -1,6 +1,7 @@
 """Which implementation of an op runs: one rule for all ops."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import jax
 
@@ -14,35 +15,43 @@ def resolve_implementation(
     implementation: str | None,
     available: Mapping[str, Collection[str]],
     platform: str | None = None,
+    refusals: Mapping[str, str | None] = MappingProxyType({}),
 ) -> str:
     """Choose the implementation of an op.
 
-    The choice is static: it depends on the platform and never on values, so it is made while tracing.
+    The choice is static: it depends on the platform, on shapes and on options, never on values of arrays, so it is made
+    while tracing.
 
     Args:
         implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``, or ``None`` for the best one for the platform.
         available: the implementations that the op has, each with the platforms that it runs on.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; JAX's default backend if ``None``. Give it where a program is
             compiled for another machine than this one.
+        refusals: for implementations that exist but cannot take this very call, the reason why ("mask is given, ..."),
+            or ``None`` where there is none. ``implementation=None`` passes over them; naming one raises the reason.
 
     Returns:
         The name of an implementation that runs on the platform. ``None`` never falls back silently from a kernel that
         was asked for by name.
 
     Raises:
-        ValueError: if the name is unknown, the op has no such implementation, or it cannot run on the platform.
+        ValueError: if the name is unknown, the op has no such implementation, it cannot run on the platform, or it
+            refuses the call.
 
     >>> op = {"xla": ("cpu", "gpu", "tpu"), "pallas_tpu": ("tpu",)}
     >>> resolve_implementation(None, op, platform="tpu"), resolve_implementation(None, op, platform="gpu")
     ('pallas_tpu', 'xla')
+    >>> resolve_implementation(None, op, platform="tpu", refusals={"pallas_tpu": "mask is given"})
+    'xla'
     """
     platform = jax.default_backend() if platform is None else platform
     if implementation is None:
         for name in (_KERNEL_OF.get(platform), "xla"):
-            if name is not None and platform in available.get(name, ()):
+            if name is not None and platform in available.get(name, ()) and refusals.get(name) is None:
                 return name
         raise ValueError(
             f"platform is {platform!r}, and no implementation of this op runs there: it has {_list(available)}"
+            + "".join(f"; {name} refuses: {reason}" for name, reason in refusals.items() if reason)
         )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)} or None")
@@ -55,6 +64,8 @@ def resolve_implementation(
             f"implementation is {implementation!r}, which cannot run on platform {platform!r}: "
             f"this op has {_list(available)}"
         )
+    if (reason := refusals.get(implementation)) is not None:
+        raise ValueError(f"implementation is {implementation!r}, which cannot take this call: {reason}")
     return implementation
 
 

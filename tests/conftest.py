@@ -10,6 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# The TPU and GPU compilers that kernels are proven with: `make compilers` puts them there.
+os.environ.setdefault("KERNELS_PALLAS_COMPILERS", str(ROOT / ".compilers"))
 
 from jaxtyping import install_import_hook  # noqa: E402
 

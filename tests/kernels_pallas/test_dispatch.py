@@ -43,3 +43,13 @@ def test_refusals_say_what_there_is():
         resolve_implementation("pallas_gpu", {"xla": ("cpu",)}, "gpu")
     with pytest.raises(ValueError, match=r"platform is 'tpu', and no implementation of this op runs there"):
         resolve_implementation(None, {"xla": ("cpu",)}, "tpu")
+
+
+def test_a_kernel_may_refuse_a_call():
+    refusals = {"pallas_tpu": "mask is given", "pallas_gpu": None}
+    assert resolve_implementation(None, FULL, "tpu", refusals) == "xla"
+    assert resolve_implementation(None, FULL, "gpu", refusals) == "pallas_gpu"
+    with pytest.raises(ValueError, match="'pallas_tpu', which cannot take this call: mask is given"):
+        resolve_implementation("pallas_tpu", FULL, "tpu", refusals)
+    with pytest.raises(ValueError, match="no implementation of this op runs there.*pallas_tpu refuses: mask is given"):
+        resolve_implementation(None, {"pallas_tpu": ("tpu",)}, "tpu", refusals)

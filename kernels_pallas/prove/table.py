@@ -1,0 +1,138 @@
+"""Proofs as text: one row a kernel, in columns that say which numbers are estimates."""
+
+from collections.abc import Sequence
+
+from kernels_pallas.prove.gpu_binary import Binary
+from kernels_pallas.prove.llo import Schedule
+from kernels_pallas.prove.proving import Proof
+from kernels_pallas.prove.targets import GpuTarget, TpuTarget
+
+TPU_COLUMNS = ("program", "chip", "shape", "kernel", "VMEM / limit", "scratch", "spills", "hottest loop", "unit",
+               "cycles*", "static*", "HBM", "roofline*", "static/roofline*")  # fmt: skip
+GPU_COLUMNS = ("program", "chip", "shape", "kernel", "registers", "spills", "shared / limit", "stages", "warps",
+               "blocks", "instructions", "HBM", "roofline*")  # fmt: skip
+
+TPU_NOTE = (
+    "* estimates: cycles are scheduled bundles times trip counts (no stalls, no waiting for memory); static time is"
+    " cycles over the clock;\n  the roofline is the longer of FLOPs over the bf16 peak and bytes over the bandwidth,"
+    " both counted by the kernel's author."
+)
+GPU_NOTE = (
+    "* estimate: the longer of FLOPs over the bf16 peak and bytes over the bandwidth, both counted by the kernel's"
+    " author.\n  Blocks: as many as fit on a multiprocessor at once. Instructions: in the text of the binary, not"
+    " executed ones."
+)
+
+
+def size(count: int | float) -> str:
+    """Bytes for people.
+
+    >>> size(512), size(1536), size(2.5 * 2**20)
+    ('512 B', '1.5 KiB', '2.5 MiB')
+    """
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: int | float) -> str:
+    """Seconds for people.
+
+    >>> duration(1.5e-6), duration(0.0123)
+    ('1.5 µs', '12.3 ms')
+    """
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _shape(proof: Proof) -> str:
+    return " ".join(f"{name}={value}" for name, value in proof.job.shape.items())
+
+
+def _tpu_rows(proof: Proof, chip: TpuTarget) -> list[list[str]]:
+    rows = []
+    for kernel in proof.kernels:
+        if not isinstance(kernel, Schedule):
+            continue
+        hot = kernel.hottest
+        cycles = kernel.cycles
+        rows.append(
+            [
+                proof.job.name, proof.job.target, _shape(proof), kernel.kernel,
+                f"{size(kernel.vmem)} / {size(kernel.limit or chip.scoped_vmem)}", size(kernel.scratch),
+                str(kernel.spills), f"{hot.bundles} bundles"
+                + (f" x {hot.trips:.4g}" if hot.trips is not None else " x ?"),
+                f"{hot.bottleneck} {hot.busy[hot.bottleneck]:.0%}" if hot.bottleneck != "none" else "none",
+                f"{cycles:.4g}" if cycles is not None else "?",
+                duration(cycles / chip.clock) if cycles is not None else "?", "", "", "",
+            ]
+        )  # fmt: skip
+    if not rows:
+        return [[proof.job.name, proof.job.target, _shape(proof), "(no kernel)", *[""] * 10]]
+    rows[0][11:13] = [size(proof.bytes), f"{duration(proof.roofline)} ({proof.bound})"]
+    if proof.static_seconds is not None:
+        rows[0][13] = f"{proof.static_seconds / proof.roofline:.2f}" if proof.roofline else "?"
+    return rows
+
+
+def _gpu_rows(proof: Proof, chip: GpuTarget) -> list[list[str]]:
+    rows = []
+    for kernel in proof.kernels:
+        if not isinstance(kernel, Binary):
+            continue
+        counts = ", ".join(f"{name} {n}" for name, n in kernel.instructions.items())
+        rows.append(
+            [
+                proof.job.name, proof.job.target, _shape(proof), kernel.kernel, f"{kernel.registers}",
+                f"{kernel.spills} B / {kernel.fills} B" if kernel.spills or kernel.fills else "0",
+                f"{size(kernel.shared_memory)} / {size(chip.shared_memory_block)}", str(kernel.stages),
+                str(kernel.warps), str(kernel.blocks_per_core(chip.shared_memory, chip.threads)), counts, "", "",
+            ]
+        )  # fmt: skip
+    if not rows:
+        return [[proof.job.name, proof.job.target, _shape(proof), "(no kernel)", *[""] * 9]]
+    rows[0][11:13] = [size(proof.bytes), f"{duration(proof.roofline)} ({proof.bound})"]
+    return rows
+
+
+def _align(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    if markdown:
+        lines = [columns, ["---"] * len(columns), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (columns, ["-" * width for width in widths], *rows)
+    )
+
+
+def render(proofs: Sequence[Proof], *, markdown: bool = False) -> str:
+    """The tables of some proofs: TPUs, GPUs, then what was refused, in the compilers' words.
+
+    What all rows of a table share (one shape, one chip) stays in its columns: a row can be read alone.
+    """
+    accepted = [proof for proof in proofs if proof.accepted]
+    tpu = [row for proof in accepted if isinstance(proof.chip, TpuTarget) for row in _tpu_rows(proof, proof.chip)]
+    gpu = [row for proof in accepted if isinstance(proof.chip, GpuTarget) for row in _gpu_rows(proof, proof.chip)]
+    parts = []
+    if tpu:
+        parts.append(_align(TPU_COLUMNS, tpu, markdown) + "\n\n" + TPU_NOTE)
+    if gpu:
+        parts.append(_align(GPU_COLUMNS, gpu, markdown) + "\n\n" + GPU_NOTE)
+    notes = dict.fromkeys(f"{proof.job.name}: {proof.note}" for proof in proofs if proof.note)
+    if notes:
+        parts.append("\n".join(notes))
+    for proof in proofs:
+        if not proof.accepted:
+            parts.append(f"REFUSED {proof.job.name} on {proof.job.target}, {_shape(proof)}:\n{_shorten(proof.message)}")
+    return "\n\n".join(parts)
+
+
+def _shorten(message: str, limit: int = 1500) -> str:
+    """A compiler's message without the middle of long lines, which hold the kernel's serialised body."""
+    lines = [line if len(line) < 600 else f"{line[:200]} ... {line[-400:]}" for line in message.splitlines()]
+    text = "\n".join("  " + line for line in lines if line.strip())
+    return text if len(text) <= limit else text[:limit] + "\n  ..."
