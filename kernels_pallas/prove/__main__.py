@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kernel", action="append", help="only kernels with this name, such as forward or decode")
     made.add_argument("--shape", action="append", metavar="S=8192,H=128", help="change sizes of a case's first shape")
     made.add_argument("--compare", action="append", metavar="PEER", help="a peer's kernel beside it, or 'all'")
+    made.add_argument("--loops", action="store_true", help="show every loop of TPU kernels, not only the hottest")
     made.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     made.add_argument("--timeout", type=float, default=300.0, help="seconds that one compilation may take")
     made.add_argument("--install", action="store_true", help="install the compilers (about 1.1 GB) into a cache folder")
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"error: pip could not install the compilers (exit code {error.returncode})", file=sys.stderr)
         return 2
-    print(render(proofs, markdown=options.markdown))
+    print(render(proofs, markdown=options.markdown, loops=options.loops))
     return 0 if all(proof.accepted for proof in proofs) else 1
 
 

@@ -74,9 +74,7 @@ class Case:
         """
         unknown = [name for name in changes if name not in self.shapes[0]]
         if unknown:
-            raise ValueError(
-                f"shape has {unknown[0]!r}, which {self.name} has not: it has {dict(self.shapes[0])}"
-            )
+            raise ValueError(f"shape has {unknown[0]!r}, which {self.name} has not: it has {dict(self.shapes[0])}")
         return {**self.shapes[0], **changes}
 
 

@@ -12,6 +12,8 @@ TPU_COLUMNS = ("program", "chip", "shape", "kernel", "VMEM / limit", "scratch", 
 GPU_COLUMNS = ("program", "chip", "shape", "kernel", "registers", "spills", "shared / limit", "stages", "warps",
                "blocks", "instructions", "HBM", "roofline*")  # fmt: skip
 
+LOOP_COLUMNS = ("program", "chip", "kernel", "loop", "bundles", "trips*", "cycles*", "spills / fills", "busy slots")
+
 TPU_NOTE = (
     "* estimates: cycles are scheduled bundles times trip counts (no stalls, no waiting for memory); static time is"
     " cycles over the clock;\n  the roofline is the longer of FLOPs over the bf16 peak and bytes over the bandwidth,"
@@ -109,10 +111,30 @@ def _align(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool
     )
 
 
-def render(proofs: Sequence[Proof], *, markdown: bool = False) -> str:
+def _loop_rows(proof: Proof) -> list[list[str]]:
+    rows = []
+    for kernel in proof.kernels:
+        for index, loop in enumerate(kernel.loops if isinstance(kernel, Schedule) else ()):
+            name = "(outside loops)" if loop.depth == 0 else f"{'> ' * loop.depth}loop {index}"
+            busy = ", ".join(f"{unit} {share:.0%}" for unit, share in loop.busy.items() if share >= 0.005)
+            trips = "?" if loop.trips is None else f"{loop.trips:.6g}"
+            cycles = "?" if loop.trips is None else f"{loop.bundles * loop.trips:.4g}"
+            spilled = f"{loop.spills} / {loop.fills}"
+            rows.append(
+                [proof.job.name, proof.job.target, kernel.kernel, name, str(loop.bundles), trips, cycles, spilled, busy]
+            )
+    return rows
+
+
+def render(proofs: Sequence[Proof], *, markdown: bool = False, loops: bool = False) -> str:
     """The tables of some proofs: TPUs, GPUs, then what was refused, in the compilers' words.
 
     What all rows of a table share (one shape, one chip) stays in its columns: a row can be read alone.
+
+    Args:
+        proofs: what to show.
+        markdown: tables for Markdown instead of a terminal.
+        loops: also a row for every loop of a TPU kernel, with the share of its slots that each unit uses.
     """
     accepted = [proof for proof in proofs if proof.accepted]
     tpu = [row for proof in accepted if isinstance(proof.chip, TpuTarget) for row in _tpu_rows(proof, proof.chip)]
@@ -120,6 +142,8 @@ def render(proofs: Sequence[Proof], *, markdown: bool = False) -> str:
     parts = []
     if tpu:
         parts.append(_align(TPU_COLUMNS, tpu, markdown) + "\n\n" + TPU_NOTE)
+    if loops and (rows := [row for proof in accepted for row in _loop_rows(proof)]):
+        parts.append(_align(LOOP_COLUMNS, rows, markdown))
     if gpu:
         parts.append(_align(GPU_COLUMNS, gpu, markdown) + "\n\n" + GPU_NOTE)
     notes = dict.fromkeys(f"{proof.job.name}: {proof.note}" for proof in proofs if proof.note)

@@ -51,5 +51,5 @@ def test_a_kernel_may_refuse_a_call():
     assert resolve_implementation(None, FULL, "gpu", refusals) == "pallas_gpu"
     with pytest.raises(ValueError, match="'pallas_tpu', which cannot take this call: mask is given"):
         resolve_implementation("pallas_tpu", FULL, "tpu", refusals)
-    with pytest.raises(ValueError, match="no implementation of this op runs there.*pallas_tpu refuses: mask is given"):
+    with pytest.raises(ValueError, match=r"no implementation of this op runs there.*pallas_tpu refuses: mask is given"):
         resolve_implementation(None, {"pallas_tpu": ("tpu",)}, "tpu", refusals)

@@ -206,11 +206,12 @@ def test_command_line(capsys):
     own = "tests.kernels_pallas.prove.kernels:OWN"
     assert main([own, "--list"]) == 0
     assert "double forward tpu  chips v5e, v6e  peers none" in capsys.readouterr().out
-    assert main([own, "--target", "v5e", "--target", "h100", "--shape", "rows=2048"]) == 0
+    assert main([own, "--target", "v5e", "--target", "h100", "--shape", "rows=2048", "--loops"]) == 0
     captured = capsys.readouterr()
     assert "[2/2] double forward gpu on h100: accepted" in captured.err
     assert "rows=2048" in captured.out
     assert "* estimates" in captured.out
+    assert "> loop 1" in captured.out
     assert main([own, "--target", "v5e", "--shape", "rows=131072,block=65536", "--markdown"]) == 1
     assert "exceeded scoped vmem limit" in capsys.readouterr().out
 
