@@ -1,0 +1,1 @@
+"""Tests of block top-k attention."""
