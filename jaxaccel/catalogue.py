@@ -119,6 +119,8 @@ METHODS: tuple[Method, ...] = (
         family="attention",
         module="jaxaccel.attention.local_linear_attention",
         cheaper="memory of local-linear attention: blockwise, linear in sequence length (still dearer than softmax)",
+        status="done",
+        experiments=("local_linear_regression", "local_linear_in_context"),
     ),
     Method(
         slug="kinetics",
@@ -127,8 +129,10 @@ METHODS: tuple[Method, ...] = (
         authors="Sadhukhan, Chen, Zheng, Zhou, Strubell, Chen",
         arxiv="2506.05333",
         family="attention",
-        module="jaxaccel.attention.block_topk",
+        module="jaxaccel.attention.block_topk_attention",
         cheaper="long or repeated generation: reads only the most relevant blocks of the KV cache",
+        status="done",
+        experiments=("kinetics", "block_topk_recall", "block_topk_latency"),
     ),
     Method(
         slug="blockffn",
