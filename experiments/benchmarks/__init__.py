@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-MODULES = ("optimizers", "runner", "discovery")
+MODULES = ("optimizers", "runner", "discovery", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,12 @@ class BenchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One ratio.
+    """One ratio, or one number of megabytes that has a limit.
 
     Attributes:
         name: what was compared.
-        ratio: median cost of the first over that of the second.
-        interval: its 95 % bootstrap interval over turns.
+        ratio: median cost of the first over that of the second, or the number itself.
+        interval: its 95 % bootstrap interval over turns; ``None`` for what is counted instead of timed (bytes).
         goal: what the ratio should be, e.g. ``"<= 1.10"`` or ``">= 10"``; empty where it is only information.
         detail: absolute numbers, and the limit they stand beside.
     """
@@ -83,6 +83,8 @@ def run(names: Sequence[str], options: BenchOptions) -> int:
                 interval = "" if m.interval is None else f"{m.interval[0]:.3f} to {m.interval[1]:.3f}"
                 met = {None: "", True: "yes", False: "no"}[m.met]
                 table.add_row(m.name, f"{m.ratio:.3f}", interval, m.goal, met, m.detail)
+                # A benchmark takes minutes: what is known is shown, and survives an interruption.
+                print(f"{m.name}: {m.ratio:.3f} {m.goal}".rstrip(), file=sys.stderr, flush=True)
                 found.append(dataclasses.asdict(m) | {"benchmark": name, "met": m.met})
     console.print(table)
     if options.out is not None:

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import benchmarks
-from experiments.benchmarks import BenchOptions, Measurement, discovery, optimizers, runner
+from experiments.benchmarks import BenchOptions, Measurement, attention, discovery, optimizers, runner
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,10 @@ def small(monkeypatch, task):
     monkeypatch.setattr(
         discovery, "LionSearchConfig", lambda config=discovery.LionSearchConfig: config(steps=5, width=4)
     )
+    for name, value in {"LENGTHS": (16, 64), "NAIVE_UP_TO": 16, "HEADS": 2, "SIZE": 8}.items():
+        monkeypatch.setattr(attention, name, value)
+    for name, value in {"CACHES": (2048, 4096), "COLD_BYTES": 2**20}.items():
+        monkeypatch.setattr(attention, name, value)
 
 
 @pytest.mark.parametrize("name", benchmarks.MODULES)
@@ -27,9 +32,50 @@ def test_benchmark_gives_ratios_and_writes_them(name, tmp_path, capsys):
     assert found
     for measurement in found:
         assert measurement["ratio"] > 0
-        low, high = measurement["interval"]
-        assert 0 < low <= high
+        if "scratch" in measurement["name"]:  # counted by the compiler, not timed
+            assert measurement["interval"] is None
+        else:
+            low, high = measurement["interval"]
+            assert 0 < low <= high
     assert "ratios of medians" in capsys.readouterr().out
+
+
+def test_goals_of_attention_stand_at_the_sizes_that_they_are_stated_for(monkeypatch):
+    """The list of comparisons alone: the lengths are those of the issue's goals, nothing is timed."""
+    timing = attention.cost.Timing((1.0, 1.0, 1.0))
+    monkeypatch.setattr(attention, "LENGTHS", (512, 2048, 8192))
+    monkeypatch.setattr(attention, "NAIVE_UP_TO", 2048)
+    monkeypatch.setattr(attention, "CACHES", (4096, 32_768))
+    monkeypatch.setattr(attention, "inputs", lambda length: (length, length, length))
+    monkeypatch.setattr(attention, "scratch", lambda function, length, *rest: 1000 * length)
+    monkeypatch.setattr(attention, "iterations", lambda *data: np.array([3, 5]))
+    monkeypatch.setattr(attention, "torch_naive", lambda data: None)
+    monkeypatch.setattr(attention.cost, "time_in_turn", lambda calls, **options: dict.fromkeys(calls, timing))
+    names = (attention.LIBRARY, attention.DENSE, attention.SPARSE)
+    monkeypatch.setattr(attention, "measure_decoding", lambda config, length: dict.fromkeys(names, timing))
+    found = list(attention.measure(BenchOptions(repeats=3)))
+    goals = {m.name: m.goal for m in found if m.goal}
+    for start, length, goal in (
+        ("naive LLA / LLA, forward,", 2048, ">= 3"),
+        ("LLA forward + backward / forward", 512, "<= 4.5"),
+        ("LLA forward + backward / forward", 8192, "<= 4.5"),
+        ("LLA scratch [MB], forward", 2048, "<= 100"),
+        ("LLA scratch over", 8192, "<= 4.5"),
+    ):
+        assert [g for n, g in goals.items() if n.startswith(start) and f"T={length}," in n] == [goal]
+    assert [g for n, g in goals.items() if n.startswith("jax.nn") and "32768" in n] == [">= 8"]
+    assert not any(m.name.startswith("naive") and "T=8192" in m.name for m in found)  # would need gigabytes
+    (grown,) = [m for m in found if m.name == "block top-k, 32768 cached tokens / 4096"]
+    assert grown.goal == f"<= {(2 * 1024 + 32_768 / 16) / (2 * 1024 + 4096 / 16):.2f}"
+    assert sum("4 iterations" in m.detail or "4.0 iterations (at most 5)" in m.detail for m in found) == 5
+
+
+def test_naive_attention_in_torch_is_local_linear_attention():
+    pytest.importorskip("torch")
+    data = attention.inputs(24)
+    call = attention.torch_naive(data)
+    expected = attention.local_linear_attention(*data, ridge=attention.RIDGE, solver="cholesky")
+    np.testing.assert_allclose(call().swapaxes(1, 2), expected, atol=1e-4)  # float32 solves
 
 
 def test_goals():

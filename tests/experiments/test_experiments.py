@@ -25,6 +25,22 @@ SMALLEST = {
         "0.001",
     ],
     "accelat": ["--epochs", "3", "--start-rates", "0.1", "--test-attack-steps", "2", "--train-attack-steps", "1"],
+    "kinetics": ["--questions", "20", "--budgets", "5", "--trials", "1", "4"],
+    "block_topk_recall": [
+        *("--pairs", "4", "--questions", "2", "--noise", "4", "--budgets", "8", "12", "--steps", "2", "--layers", "1"),
+        *("--width", "8", "--batch-size", "4", "--language-steps", "1", "--language-length", "16"),
+        *("--language-budgets", "8"),
+    ],
+    "block_topk_latency": ["--lengths", "64", "128", "--num-blocks", "1", "--repeats", "3", "--cold-bytes", "1000"],
+    "local_linear_regression": [
+        *("--segments", "1", "2", "--length", "8", "--size", "2", "--streams", "1", "--tuning-streams", "1"),
+        *("--tables", "diabetes", "--splits", "1", "--ridges", "1", "10", "--solver-length", "8", "--solver-size", "2"),
+        *("--repeats", "3"),
+    ],
+    "local_linear_in_context": [
+        *("--tasks", "linear", "--size", "2", "--points", "3", "--layers", "1"),
+        *("--width", "4", "--batch-size", "2", "--steps", "2", "--learning-rates", "0.01"),
+    ],
     "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
 }
 
