@@ -313,7 +313,7 @@ CASES = (
         ("v5e", "v6e"),
         {"flash_attention": _peer("flash_attention"), "splash_attention": _peer("splash_attention")},
     ),
-    # The longest call whose weights stay in VMEM; and one where they do not, in the dtype with most pieces.
+    # Several query heads per key head in a long call; and one whose weights do not fit into VMEM.
     Case(OP, "forward (groups)", "tpu", _tpu_forward, (_size(32768, 64, K=2),), ("v5e",)),
     Case(OP, "forward (float32)", "tpu", _tpu_forward, (_size(49152, 64, dtype="float32"),), ("v5p",)),
     Case(

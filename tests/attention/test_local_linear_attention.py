@@ -162,7 +162,7 @@ def test_bfloat16_computes_in_bfloat16_with_a_float32_ridge(x):
 def test_batches_shard_over_eight_devices():
     model = layer()
     x = jax.random.normal(jax.random.key(2), (8, T, D))
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     out = nnx.jit(lambda model, x: model(x))(model, sharded)
     # Devices stop their solves at different iterations: agreement is that of the solver's tolerance.
