@@ -9,4 +9,5 @@ An op is a folder:
 - ``gpu.py``: Pallas for GPUs (Triton or Mosaic GPU).
 
 Every public function takes ``implementation``, which `kernels_pallas.dispatch.resolve_implementation` resolves.
+What all ops need to know about their arrays is in `kernels_pallas.arrays`.
 """

@@ -64,9 +64,14 @@ def resolve_implementation(
             f"implementation is {implementation!r}, which cannot run on platform {platform!r}: "
             f"this op has {_list(available)}"
         )
-    if (reason := refusals.get(implementation)) is not None:
-        raise ValueError(f"implementation is {implementation!r}, which cannot take this call: {reason}")
+    raise_refusal(implementation, refusals.get(implementation))
     return implementation
+
+
+def raise_refusal(implementation: str, reason: str | None) -> None:
+    """Raise ``ValueError`` if there is a reason why an implementation cannot take a call."""
+    if reason is not None:
+        raise ValueError(f"implementation is {implementation!r}, which cannot take this call: {reason}")
 
 
 def _list(available: Mapping[str, Collection[str]]) -> str:

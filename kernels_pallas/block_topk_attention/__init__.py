@@ -53,7 +53,7 @@ from kernels_pallas.block_topk_attention.cache import (
 from kernels_pallas.block_topk_attention.plan import Layout, Plan, check_layout
 from kernels_pallas.block_topk_attention.reference import block_topk_mask, local_mask, masked_attention, topk_mask
 from kernels_pallas.block_topk_attention.select import block_means, choose
-from kernels_pallas.dispatch import resolve_implementation
+from kernels_pallas.dispatch import raise_refusal, resolve_implementation
 
 __all__ = [
     "BlockTopKCache",
@@ -229,8 +229,8 @@ def _attend(
         "pallas_gpu": gpu.refusal(query, key, value, plan, layout),
     }
     name = implementation if interpret else resolve_implementation(implementation, AVAILABLE, refusals=refusals)
-    if interpret and (reason := refusals.get(str(name))):
-        raise ValueError(f"implementation is {name!r}, which cannot take this call: {reason}")
+    if interpret:
+        raise_refusal(str(name), refusals.get(str(name)))
     factor = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale)
     if centroids is None:
         keys = key[..., : query.shape[-1]]  # all of them, but for BKSHV

@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float, Int
 
+from kernels_pallas.arrays import accumulator
 from kernels_pallas.block_topk_attention.plan import Layout, Plan, check_integer, check_layout
-from kernels_pallas.block_topk_attention.select import accumulator
 
 
 @functools.partial(

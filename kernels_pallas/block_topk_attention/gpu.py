@@ -13,8 +13,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.arrays import kernel_output
 from kernels_pallas.block_topk_attention.plan import Layout, Plan, Shaped
-from kernels_pallas.block_topk_attention.select import kernel_output, pages
+from kernels_pallas.block_topk_attention.select import pages
 
 TILE = 64  # rows of K and V per turn
 PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -119,7 +120,7 @@ def attend(
     count = -(-parts * tiles * TILE // plan.block_size)
     # Pages that are added to fill the last tile are empty: low = high = 0.
     read = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, count - x.shape[-1]))) for x in read)
-    shape = functools.partial(kernel_output, query, dtype=jnp.float32)
+    shape = functools.partial(kernel_output, [query], dtype=jnp.float32)
     out, top, total = pl.pallas_call(
         functools.partial(_body, block_size=plan.block_size, tile=TILE, tiles=tiles, layout=layout),
         grid=(batch, heads, parts),

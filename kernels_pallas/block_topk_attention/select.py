@@ -1,19 +1,12 @@
 """Which blocks a step reads: the k blocks whose mean key has the largest product with the group's mean query."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import ArrayLike, Float, Int
 
+from kernels_pallas.arrays import accumulator
 from kernels_pallas.block_topk_attention.plan import Layout, Plan
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Precision of logits and sums: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def block_means(key: Float[Array, "B _ _ H"], plan: Plan, layout: Layout) -> Float[Array, "B K M H"]:
@@ -77,10 +70,3 @@ def pages(
     high = jnp.minimum(high, start + size)
     inside = jnp.clip(start, 0, plan.size - size)
     return inside.astype(jnp.int32), start.astype(jnp.int32), high.astype(jnp.int32)
-
-
-def kernel_output(like: Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """What a kernel returns, varying over the same mesh axes as ``like`` where that is a shard in `jax.shard_map`."""
-    name = "manual_axis_type" if hasattr(jax.typeof(like), "manual_axis_type") else "vma"  # the older name, to jax 0.9
-    keywords: dict[str, Any] = {name: getattr(jax.typeof(like), name)}
-    return jax.ShapeDtypeStruct(shape, dtype, **keywords)

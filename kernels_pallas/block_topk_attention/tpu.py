@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import ArrayLike
 
+from kernels_pallas.arrays import kernel_output
 from kernels_pallas.block_topk_attention.plan import Layout, Plan, Shaped
-from kernels_pallas.block_topk_attention.select import kernel_output
 
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel may use by default on the smallest chip
@@ -202,7 +202,7 @@ def attend(
     out = pl.pallas_call(
         functools.partial(_body, plan=plan, heads=heads),
         grid_spec=grid_spec,
-        out_shape=kernel_output(query, (steps, rows, out_width), query.dtype),
+        out_shape=kernel_output([query], (steps, rows, out_width), query.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),  # steps hand pages to the next one: these run in order
             disable_bounds_checks=True,  # pages are clipped above; checks are half of the work of starting a copy

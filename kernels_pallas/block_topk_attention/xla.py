@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float, Int
 
+from kernels_pallas.arrays import accumulator
 from kernels_pallas.block_topk_attention.plan import Layout, Plan
-from kernels_pallas.block_topk_attention.select import accumulator, pages
+from kernels_pallas.block_topk_attention.select import pages
 
 
 def _gather(array: Float[Array, "B _ _ W"], start: Int[Array, "B K n"], size: int, layout: Layout) -> Array:

@@ -40,13 +40,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from kernels_pallas.arrays import accumulator
 from kernels_pallas.dispatch import resolve_implementation
 from kernels_pallas.local_linear_attention import decode
 from kernels_pallas.local_linear_attention.decode import DecodeState
 from kernels_pallas.local_linear_attention.problem import (
     Inputs,
     Options,
-    accumulator,
     check_arrays,
     check_mask,
     check_options,

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import gpu_plan, tpu_rows
 from kernels_pallas.local_linear_attention.gpu_backward import backward
 from kernels_pallas.local_linear_attention.gpu_plan import Plan, Rows, plan_of, refusal
@@ -114,9 +115,7 @@ def forward(inputs: Inputs, options: Options, *, interpret: bool = False, **size
     Raises:
         ValueError: if the call is one that `refusal` refuses.
     """
-    reason = refusal(inputs, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_gpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_gpu", refusal(inputs, options))
     plan = plan_of(inputs, options, **sizes)
     layout = plan.layout
     vector = Rows(jnp.float32, plan.head)

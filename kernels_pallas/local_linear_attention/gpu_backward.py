@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import gpu_backward_keys, gpu_plan, tpu_rows
 from kernels_pallas.local_linear_attention.gpu_plan import Plan, Rows, plan_of, refusal
 from kernels_pallas.local_linear_attention.gpu_tile import (
@@ -26,8 +27,6 @@ from kernels_pallas.local_linear_attention.gpu_tile import (
 )
 from kernels_pallas.local_linear_attention.problem import Backward, Cotangents, Forward, Inputs, Options
 from kernels_pallas.local_linear_attention.tpu_pieces import split_input
-
-HUGE = 1e30  # lse of rows that see no key: exp(logit − HUGE) is zero
 
 
 def _kernel(
@@ -139,16 +138,14 @@ def backward(
     Raises:
         ValueError: if the call is one that `refusal` refuses.
     """
-    reason = refusal(inputs, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_gpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_gpu", refusal(inputs, options))
     plan = plan_of(inputs, options, "rows", **sizes)
     layout, precision = plan.layout, plan.precision
     number, vector = Rows(jnp.float32), Rows(jnp.float32, plan.head)
     pieces = Rows(jnp.bfloat16, plan.head, precision.order)
     packed = gpu_plan.pack(inputs, options, plan)
     cotangent = split_input(gpu_plan.pack_rows(cot.out, plan, plan.value_head), precision.given)
-    lse = tpu_rows.pack_rows(jnp.where(jnp.isneginf(fwd.lse), HUGE, fwd.lse), layout, HUGE)
+    lse = tpu_rows.pack_rows(jnp.where(jnp.isneginf(fwd.lse), tpu_rows.HUGE, fwd.lse), layout, tpu_rows.HUGE)
     rows = [
         (cotangent, Rows(jnp.bfloat16, plan.value_head, precision.given)),
         *((gpu_plan.pack_rows(a, plan, plan.head), vector) for a in (fwd.x, fwd.mean, cot.x)),

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.local_linear_attention import tpu_rows
+from kernels_pallas.arrays import kernel_output
 from kernels_pallas.local_linear_attention.gpu_plan import Packed, Plan, plan_of
 from kernels_pallas.local_linear_attention.gpu_tile import LOG2E, NN, NT, add_product, pieces_of
 from kernels_pallas.local_linear_attention.problem import Inputs, Options
@@ -122,9 +122,7 @@ def key_gradients(
             *map(keys, widths),
         ],
         out_specs=[pl.BlockSpec((None, None, block, width), lambda b, h, j: (b, h, j, 0)) for width in widths],
-        out_shape=[
-            tpu_rows.shape_like(arrays, (*shape, width), dtype) for width, dtype in zip(widths, dtypes, strict=True)
-        ],
+        out_shape=[kernel_output(arrays, (*shape, width), dtype) for width, dtype in zip(widths, dtypes, strict=True)],
         compiler_params=plt.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
         interpret=interpret,
         name="lla_backward_keys",

@@ -16,10 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.arrays import kernel_output
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import decode as xla_decode
-from kernels_pallas.local_linear_attention import tpu_rows
 from kernels_pallas.local_linear_attention.decode import DecodeState
-from kernels_pallas.local_linear_attention.gpu_plan import MAX_SIZE, MIN_SIZE, is_hopper
+from kernels_pallas.local_linear_attention.gpu_plan import MAX_SIZE, MIN_SIZE, is_hopper, pad_last, power_of_two
 from kernels_pallas.local_linear_attention.gpu_tile import LOWEST, NN, add_product, pieces_of
 from kernels_pallas.local_linear_attention.problem import Options
 from kernels_pallas.local_linear_attention.tpu_pieces import Precision, precision_of, split
@@ -52,15 +53,11 @@ class Plan(NamedTuple):
     warps: int
 
 
-def _power(size: int) -> int:
-    return max(MIN_SIZE, pl.next_power_of_2(size))
-
-
 def plan_of(q: Any, k: Any, v: Any, parts: int | None = None) -> Plan:
     """Sizes for q [B, N, H], k [B, S, K, H], v [B, S, K, Hv]; parts that are given are taken."""
     batch, heads = q.shape[:2]
     slots, key_heads = k.shape[1:3]
-    size, rows = _power(k.shape[-1]), _power(k.shape[-1]) + _power(v.shape[-1])
+    size, rows = power_of_two(k.shape[-1]), power_of_two(k.shape[-1]) + power_of_two(v.shape[-1])
     precision = precision_of(k.dtype)
     # More columns or keys spill, the compiler says: operands lie in registers, but for Hopper, in shared memory there.
     state = STATE if is_hopper() or precision.given == 1 else STATE // 2
@@ -75,7 +72,7 @@ def plan_of(q: Any, k: Any, v: Any, parts: int | None = None) -> Plan:
         order=min(precision.order + precision.given - 1, 3),
         group=heads // key_heads,
         columns=columns,
-        tile=min(tile, _power(slots)),
+        tile=min(tile, power_of_two(slots)),
         parts=parts,
         warps=8 if columns * rows > state // 2 else 4,
     )
@@ -247,18 +244,14 @@ def _solve_kernel(
     out_ref[b, n] = value_mean * (1.0 - jnp.sum(x * mean)) + slant
 
 
-def _pad(x: jax.Array, width: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
-
-
 def _parts(
     q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array, scale: jax.Array, interpret: Any, parts: int | None
 ) -> tuple[Plan, jax.Array, tuple[jax.Array, ...]]:
     """Runs the first kernel: the plan, padded queries, and m, Σw, Σwk, Σwv, Σwkkᵀ, Σwvkᵀ of parts [B, N, parts]."""
-    size, value_size = _power(k.shape[-1]), _power(v.shape[-1])
+    size, value_size = power_of_two(k.shape[-1]), power_of_two(v.shape[-1])
     # Copies of the cache, unless its sizes are powers of two already.
-    k, v = _pad(k, size), _pad(v, value_size)
-    q = _pad(q.astype(jnp.float32), size)
+    k, v = pad_last(k, size), pad_last(v, value_size)
+    q = pad_last(q.astype(jnp.float32), size)
     plan = plan_of(q, k, v, parts)
     batch, heads = q.shape[:2]
     arrays = (length.astype(jnp.int32), q * scale.astype(jnp.float32), k, v)
@@ -266,7 +259,7 @@ def _parts(
     moments = pl.pallas_call(
         functools.partial(_kernel, plan=plan, slots=k.shape[1]),
         grid=(heads * (size // plan.columns), plan.parts, batch),
-        out_shape=[tpu_rows.shape_like(arrays, (batch, heads, plan.parts, *shape), jnp.float32) for shape in shapes],
+        out_shape=[kernel_output(arrays, (batch, heads, plan.parts, *shape), jnp.float32) for shape in shapes],
         compiler_params=plt.CompilerParams(num_warps=plan.warps, num_stages=2),
         interpret=interpret,
         name="lla_moments",
@@ -299,9 +292,7 @@ def decode(
         interpret: run on the CPU, for tests.
         parts: programs that share the keys of a head; ``None`` for as many as fill a GPU.
     """
-    reason = refusal(q, k, v, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_gpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_gpu", refusal(q, k, v, options))
     if options.solver != "cg" or k.shape[-1] > MAX_SOLVED:
         state = partial_state(q, k, v, length, scale, interpret=interpret, parts=parts)
         return xla_decode.finish(state, q.astype(jnp.float32), ridge.astype(jnp.float32), options)[0], state
@@ -312,7 +303,7 @@ def decode(
     out = pl.pallas_call(
         functools.partial(_solve_kernel, parts=plan.parts, options=options),
         grid=(heads, batch),
-        out_shape=tpu_rows.shape_like(arrays, (batch, heads, value_size), jnp.float32),
+        out_shape=kernel_output(arrays, (batch, heads, value_size), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=8 if size * max(size, value_size) > STATE // 4 else 4),
         interpret=interpret,
         name="lla_solve",
@@ -331,9 +322,7 @@ def partial_state(
     parts: int | None = None,
 ) -> DecodeState:
     """Moments of the first ``length`` [B] of S keys and values, as `decode.partial_state` gives them."""
-    reason = refusal(q, k, v, Options())
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_gpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_gpu", refusal(q, k, v, Options()))
     head, value_head = q.shape[-1], v.shape[-1]
     _, _, (top, *sums) = _parts(q, k, v, length, scale, interpret, parts)
     best = jnp.max(top, axis=2)

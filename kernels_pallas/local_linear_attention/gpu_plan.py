@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.arrays import kernel_output
 from kernels_pallas.local_linear_attention import tpu_rows
-from kernels_pallas.local_linear_attention.problem import Inputs, Options
+from kernels_pallas.local_linear_attention.problem import Inputs, Options, refused_option
 from kernels_pallas.local_linear_attention.tpu_pieces import Precision, precision_of, split_input
 from kernels_pallas.local_linear_attention.tpu_rows import Layout
 
@@ -52,7 +53,8 @@ class Plan:
     shared_memory: int
 
 
-def _power(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """The size that a side of a product is padded to."""
     return max(MIN_SIZE, pl.next_power_of_2(size))
 
 
@@ -112,7 +114,7 @@ def plan_of(
     batch, positions, heads, head = inputs.q.shape
     keys, key_heads = inputs.k.shape[1:3]
     precision = precision_of(jnp.result_type(inputs.q, inputs.k, inputs.v))
-    widths = _power(head), _power(inputs.v.shape[-1])
+    widths = power_of_two(head), power_of_two(inputs.v.shape[-1])
     rows, hopper = positions * (heads // key_heads), is_hopper()
     # What fits into registers, found by compiling. Hopper multiplies by groups of four warps that want 64 rows each;
     # elsewhere, and for wide heads, eight warps share the sums of a tile.
@@ -129,9 +131,9 @@ def plan_of(
     tile, block, num_stages = (mine or found for mine, found in zip((tile, block, num_stages), sizes, strict=True))
     if kernel == "keys":
         tile, block = block, tile
-    tile, block = min(tile, _power(rows)), min(block, _power(keys))
+    tile, block = min(tile, power_of_two(rows)), min(block, power_of_two(keys))
     # All kernels of a call pad to the same sizes.
-    whole_rows, whole_keys = (max(part, min(WHOLE, _power(size))) for part, size in ((tile, rows), (block, keys)))
+    whole_rows, whole_keys = (max(part, min(WHOLE, power_of_two(size))) for part, size in ((tile, rows), (block, keys)))
     layout = Layout(
         batch=batch,
         heads=key_heads,
@@ -158,10 +160,8 @@ def plan_of(
 
 def refusal(inputs: Inputs, options: Options) -> str | None:
     """Why the kernels cannot take a call, or None."""
-    if inputs.mask is not None:
-        return "mask is given; this kernel knows causal masks with an offset only"
-    if options.solve and options.solver != "cg":
-        return f"solver is {options.solver!r}; this kernel knows 'cg' only"
+    if (reason := refused_option(inputs, options)) is not None:
+        return reason
     for name in ("q", "k", "v"):
         array = getattr(inputs, name)
         if array.dtype.name not in ("bfloat16", "float16", "float32"):
@@ -175,13 +175,14 @@ def refusal(inputs: Inputs, options: Options) -> str | None:
     return None
 
 
-def _widen(x: jax.Array, width: int) -> jax.Array:
+def pad_last(x: jax.Array, width: int) -> jax.Array:
+    """[..., H] -> [..., width] with zeros behind."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def pack_rows(x: jax.Array, plan: Plan, width: int) -> jax.Array:
     """[B, T, N, H] -> [B, K, rows, width] with zeros where there is nothing."""
-    return tpu_rows.pack_rows(_widen(x, width), plan.layout)
+    return tpu_rows.pack_rows(pad_last(x, width), plan.layout)
 
 
 def pack_keys(x: jax.Array, seen: jax.Array, plan: Plan, width: int) -> jax.Array:
@@ -192,7 +193,7 @@ def pack_keys(x: jax.Array, seen: jax.Array, plan: Plan, width: int) -> jax.Arra
     layout = plan.layout
     x = jnp.where(jnp.arange(layout.keys)[:, None, None] < seen, x, jnp.zeros_like(x))
     x = jnp.pad(x, [(0, 0), (0, layout.padded_keys - layout.keys), (0, 0), (0, 0)])
-    return split_input(_widen(jnp.moveaxis(x, 2, 1), width), plan.precision.given)
+    return split_input(pad_last(jnp.moveaxis(x, 2, 1), width), plan.precision.given)
 
 
 class Packed(NamedTuple):
@@ -272,7 +273,7 @@ def call_rows(
         grid=(layout.batch, layout.heads, layout.tiles),
         in_specs=specs,
         out_specs=[kind.tile(plan) for kind in outputs],
-        out_shape=[tpu_rows.shape_like(arrays, kind.shape(plan), kind.dtype) for kind in outputs],
+        out_shape=[kernel_output(arrays, kind.shape(plan), kind.dtype) for kind in outputs],
         compiler_params=plt.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
         interpret=interpret,
         name=name,

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
+from kernels_pallas.arrays import accumulator
+
 SOLVERS = ("cg", "cholesky")
 PRECONDITIONERS = (None, "jacobi")
 
@@ -74,11 +76,6 @@ class Backward(NamedTuple):
     logit: Array  # [B, T, N, H] acc, Σ ds k
     dk: Array  # [B, S, K, H], dtype of k
     dv: Array  # [B, S, K, Hv], dtype of v
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Precision of sums and of the solve: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def unit(x: Array) -> Array:
@@ -157,3 +154,12 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> None:
         fits = False
     if not fits:
         raise ValueError(f"mask has shape {mask.shape}, expected four axes that broadcast to [B, N, T, S] = {shape}")
+
+
+def refused_option(inputs: Inputs, options: Options) -> str | None:
+    """Why no kernel of this op takes a call, or None; each has reasons of its own besides."""
+    if inputs.mask is not None:
+        return "mask is given; this kernel knows causal masks with an offset only"
+    if options.solve and options.solver != "cg":
+        return f"solver is {options.solver!r}; this kernel knows 'cg' only"
+    return None

@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arrays import kernel_output
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import tpu_rows
 from kernels_pallas.local_linear_attention.problem import Forward, Inputs, Options
 from kernels_pallas.local_linear_attention.tpu_backward import backward
@@ -179,9 +181,7 @@ def forward(
     Raises:
         ValueError: if the call is one that `refusal` refuses.
     """
-    reason = refusal(inputs, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_tpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_tpu", refusal(inputs, options))
     plan = plan_of(inputs, tile, block, is_cached)
     layout = plan.layout
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -202,7 +202,7 @@ def forward(
         values,
         *probe,
     )
-    shape_of = functools.partial(tpu_rows.shape_like, arrays)
+    shape_of = functools.partial(kernel_output, arrays)
     out, x, mean, stats = _call(plan, options, dtype, interpret, shape_of)(*arrays)
     head, value_head = layout.head, v.shape[-1]
     return Forward(

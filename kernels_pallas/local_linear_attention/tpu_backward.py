@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arrays import kernel_output
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import tpu_backward_keys, tpu_rows
 from kernels_pallas.local_linear_attention.problem import Backward, Cotangents, Forward, Inputs, Options
 from kernels_pallas.local_linear_attention.tpu_pieces import (
@@ -50,8 +52,6 @@ from kernels_pallas.local_linear_attention.tpu_tile import (
     row_sum,
     store_chunks,
 )
-
-HUGE = 1e30  # lse of rows that see no key: exp(logit − HUGE) is zero
 
 
 def _kernel(
@@ -131,7 +131,9 @@ def _kernel(
     def _() -> None:
         g = row_sum(sum_ref[...])
         col_ref[GRAD] = g
-        has_keys = widen(col_ref[TOP], L) < HUGE / 2  # the x of a row without keys is zero, whatever its inputs
+        has_keys = (
+            widen(col_ref[TOP], L) < tpu_rows.HUGE / 2
+        )  # the x of a row without keys is zero, whatever its inputs
         t = jnp.where(has_keys, acc_ref[...] - widen(g, L) * mean[...] + dx_ref[0, 0], 0.0)
         if options.solve:
             r_ref[...] = t
@@ -190,9 +192,7 @@ def backward(
     Raises:
         ValueError: if the call is one that `refusal` refuses.
     """
-    reason = refusal(inputs, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_tpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_tpu", refusal(inputs, options))
     plan = plan_of(inputs, tile, block, is_cached, is_backward=True)
     layout = plan.layout
     dtype = jnp.result_type(inputs.q, inputs.k, inputs.v)
@@ -204,7 +204,7 @@ def backward(
     offset = jnp.broadcast_to(inputs.offset, (layout.batch,))
     scale = jnp.broadcast_to(inputs.scale, (layout.batch,)).astype(jnp.float32)
     last = tpu_rows.last_keys(layout, offset, options.is_causal)
-    lse = pack(jnp.where(jnp.isneginf(fwd.lse), HUGE, fwd.lse), HUGE)
+    lse = pack(jnp.where(jnp.isneginf(fwd.lse), tpu_rows.HUGE, fwd.lse), tpu_rows.HUGE)
     numbers = tpu_rows.pack_numbers([last, pack(inputs.ridge, 1.0), lse, pack(cot.lse)], layout)
     q = tpu_rows.pack_queries(inputs.q.astype(dtype), layout)
     x, mean, dx = (pack(to_lanes(a)) for a in (fwd.x, fwd.mean, cot.x))
@@ -213,7 +213,7 @@ def backward(
     k = tpu_rows.pack_keys(to_lanes(inputs.k.astype(dtype)), layout)
     v = tpu_rows.pack_keys(pad_lanes(inputs.v.astype(dtype)), layout)
     arrays = (tpu_rows.key_bounds(last, layout), scale, numbers, q, cotangent, x, mean, dx, k, v)
-    shape_of = functools.partial(tpu_rows.shape_like, arrays)
+    shape_of = functools.partial(kernel_output, arrays)
     y, logit, stats = _call(plan, options, precision, interpret, shape_of)(*arrays)
     row_numbers = [last, lse, *(stats[:, :, n] for n in range(4))]
     dk, dv = tpu_backward_keys.key_gradients(

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arrays import kernel_output
 from kernels_pallas.local_linear_attention import tpu_rows
 from kernels_pallas.local_linear_attention.tpu_pieces import (
     Precision,
@@ -174,7 +175,7 @@ def key_gradients(
             out_specs=[gradient(L), gradient(Lv)],
             scratch_shapes=[pltpu.VMEM((layout.block, width), jnp.float32) for width in (L, Lv)],
         ),
-        out_shape=[tpu_rows.shape_like(arrays, (*shape, width), dtype) for width in (L, Lv)],
+        out_shape=[kernel_output(arrays, (*shape, width), dtype) for width in (L, Lv)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=int(tpu_rows.vmem_capacity() * 0.95),

@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.arrays import kernel_output
+from kernels_pallas.dispatch import raise_refusal
 from kernels_pallas.local_linear_attention import tpu_rows
 from kernels_pallas.local_linear_attention.decode import DecodeState
 from kernels_pallas.local_linear_attention.problem import Options
@@ -312,9 +314,7 @@ def decode(
         interpret: run on the CPU, for tests.
         block: keys per grid step.
     """
-    reason = refusal(q, k, v, options)
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_tpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_tpu", refusal(q, k, v, options))
     keys, values = _lanes_first(k), _lanes_first(v)
     out = decode_lanes(q, keys, values, length, scale, ridge, options, interpret=interpret, block=block)
     return out[..., : v.shape[-1]], None
@@ -353,9 +353,7 @@ def partial_state(
     block: int = BLOCK,
 ) -> DecodeState:
     """Moments of the first ``length`` [B] of S keys and values, as `decode.partial_state` gives them."""
-    reason = refusal(q, k, v, Options())
-    if reason is not None:
-        raise ValueError(f"implementation is 'pallas_tpu', which cannot take this call: {reason}")
+    raise_refusal("pallas_tpu", refusal(q, k, v, Options()))
     head, value_head = q.shape[2], v.shape[3]
     keys, values = _lanes_first(k), _lanes_first(v)
     size = keys.shape[2]
@@ -425,13 +423,13 @@ def _call(
     shapes = [(size, width), (8, width), (8, LANES)]
     if options is None:
         out_specs: Any = [pl.BlockSpec((1, group, *shape), lambda b, h, j, *_: (b, h, 0, 0)) for shape in shapes]
-        out_shape: Any = [tpu_rows.shape_like(arrays, (batch, heads, *shape), f32) for shape in shapes]
+        out_shape: Any = [kernel_output(arrays, (batch, heads, *shape), f32) for shape in shapes]
         scratch = []
     else:
         padded = finishing[0].shape[1]
         in_specs += [whole(padded, size)] * 2
         out_specs = whole(padded, value_size)
-        out_shape = tpu_rows.shape_like(arrays, (batch, padded, value_size), f32)
+        out_shape = kernel_output(arrays, (batch, padded, value_size), f32)
         scratch = [pltpu.VMEM((heads, *shape), f32) for shape in shapes] + [pltpu.VMEM((SYSTEMS, size, size), f32)]
     scratch += [
         pltpu.VMEM((group if group <= ON_VECTOR_UNIT else 1, size, LANES), f32),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from kernels_pallas.local_linear_attention import tpu_rows
-from kernels_pallas.local_linear_attention.problem import Inputs, Options
+from kernels_pallas.local_linear_attention.problem import Inputs, Options, refused_option
 from kernels_pallas.local_linear_attention.tpu_pieces import LANES, lanes, precision_of
 from kernels_pallas.local_linear_attention.tpu_rows import Layout
 
@@ -72,10 +72,8 @@ def plan_of(
 
 def refusal(inputs: Inputs, options: Options) -> str | None:
     """Why this kernel cannot take a call, or None."""
-    if inputs.mask is not None:
-        return "mask is given; this kernel knows causal masks with an offset only"
-    if options.solve and options.solver != "cg":
-        return f"solver is {options.solver!r}; this kernel knows 'cg' only"
+    if (reason := refused_option(inputs, options)) is not None:
+        return reason
     for name in ("q", "k", "v"):
         dtype = getattr(inputs, name).dtype
         if dtype.name not in ("bfloat16", "float16", "float32"):

@@ -1,8 +1,6 @@
 """How rows, keys and their numbers lie in memory for the TPU kernels, and what each tile of rows has to visit."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.local_linear_attention.tpu_pieces import LANES, precision_of, split_input, to_lanes
 
+HUGE = 1e30  # lse of rows that see no key: exp(logit − HUGE) is zero
 MASKED = -1e30  # a logit that no key has: finite, so that differences of masked ones are not NaN
 NUMBERS = 8  # numbers per row in one block of row numbers: the sublanes of a tile
 DEFAULT_VMEM = 128 * 2**20
@@ -156,18 +155,3 @@ def vmem_capacity() -> int:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except Exception:  # no TPU and no description of one: interpret mode
         return DEFAULT_VMEM
-
-
-def shape_like(arrays: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a kernel's output that varies over the mesh axes that any of ``arrays`` varies over.
-
-    Inside ``shard_map`` a kernel has to say so; JAX calls the property ``vma``, and ``manual_axis_type`` since 0.10.
-    """
-    types = [jax.typeof(x) for x in arrays]
-    keywords: dict[str, Any]
-    if hasattr(types[0], "manual_axis_type"):
-        axes = [t.manual_axis_type for t in types]
-        keywords = {"manual_axis_type": type(axes[0])(varying=frozenset().union(*(a.varying for a in axes)))}
-    else:
-        keywords = {"vma": frozenset().union(*(getattr(t, "vma", ()) for t in types))}
-    return jax.ShapeDtypeStruct(shape, dtype, **keywords)

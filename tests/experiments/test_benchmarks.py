@@ -71,7 +71,7 @@ def test_goals_of_attention_stand_at_the_sizes_that_they_are_stated_for(monkeypa
 
 
 def test_naive_attention_in_torch_is_local_linear_attention():
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch is no dependency: it is compared with where a user has it")
     data = attention.inputs(24)
     call = attention.torch_naive(data)
     expected = attention.local_linear_attention(*data, ridge=attention.RIDGE, solver="cholesky")

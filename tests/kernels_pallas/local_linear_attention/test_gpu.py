@@ -11,14 +11,12 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels_pallas.local_linear_attention import gpu, gpu_plan, gpu_tile
 from kernels_pallas.local_linear_attention.problem import Forward, Inputs, Options
-from tests.kernels_pallas.local_linear_attention.tpu_problems import error, expected, problem
-
-FAST = {"xla_backend_optimization_level": 0}  # kernels of tests are compiled for longer than they run
+from tests.kernels_pallas.local_linear_attention.problems import error, expected, problem
 
 
 @functools.cache
 def compiled(options: Options, **sizes: int):
-    return jax.jit(lambda i: gpu.forward(i, options, interpret=True, **sizes), compiler_options=FAST)
+    return jax.jit(lambda i: gpu.forward(i, options, interpret=True, **sizes))
 
 
 def run(inputs: Inputs, options: Options, **sizes: int) -> Forward:
@@ -114,7 +112,7 @@ def test_batched_calls():
         return gpu.forward(part, Options(), interpret=True)
 
     arrays = (inputs.q, inputs.k, inputs.v, inputs.ridge, offsets, scales)
-    batched = jax.jit(jax.vmap(one), compiler_options=FAST)(*arrays)
+    batched = jax.jit(jax.vmap(one))(*arrays)
     for i in range(2):
         q, k, v, ridge, offset, scale = (a[i] for a in arrays)
         part = Inputs(q=q[None], k=k[None], v=v[None], scale=scale, ridge=ridge[None], offset=offset)

@@ -1,16 +1,13 @@
 """The GPU decoding kernels in interpret mode against moments and Cholesky factors in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.local_linear_attention import decode, gpu_decode
+from kernels_pallas.local_linear_attention import gpu_decode
 from kernels_pallas.local_linear_attention.problem import Options
-from tests.kernels_pallas.local_linear_attention.test_tpu_decode import Case, cache, expected
-from tests.kernels_pallas.local_linear_attention.tpu_problems import error
+from tests.kernels_pallas.local_linear_attention.problems import Case, cache, error, expected_step
 
 
 def run(case: Case, parts: int | None = None, **options) -> jax.Array:
@@ -31,64 +28,31 @@ def run(case: Case, parts: int | None = None, **options) -> jax.Array:
 )
 def test_decode(dtype, sizes, lengths, parts, bound):
     case = cache(dtype, sizes, lengths)
-    assert error(run(case, parts), expected(case)[1]) < bound
+    assert error(run(case, parts), expected_step(case)[1]) < bound
 
 
 @pytest.mark.parametrize("options", [{"preconditioner": "jacobi"}, {"solver": "cholesky"}])
 def test_other_solvers_give_the_same_output(options):
     case = cache("float32", (1, 150, 2, 1, 16, 16), [130])
-    assert error(run(case, **options), expected(case)[1]) < 1e-5
+    assert error(run(case, **options), expected_step(case)[1]) < 1e-5
 
 
 def test_the_solver_stops_at_max_iters():
     case = cache("float32", (1, 150, 2, 1, 16, 16), [130], ridge=0.01)
-    exact = expected(case)[1]
+    exact = expected_step(case)[1]
     assert error(run(case, max_iters=1), exact) > 1e-3
     assert error(run(case, max_iters=64), exact) < 1e-4  # 2^-24 times a condition of 10^3
 
 
 def test_large_heads_are_solved_by_xla():
     case = cache("float32", (1, 30, 1, 1, 136, 16), [30])
-    assert error(run(case), expected(case)[1]) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parts_of_a_cache_merge(dtype):
-    q, k, v, _, scale, ridge = case = cache(dtype, (2, 300, 4, 2, 32, 16), [300, 120])
-    moments = functools.partial(gpu_decode.partial_state, interpret=True, parts=2)
-
-    @jax.jit
-    def parts():
-        first = moments(q, k[:, :200], v[:, :200], jnp.array([200, 120]), scale)
-        second = moments(q, k[:, 200:], v[:, 200:], jnp.array([100, 0]), scale)
-        return first, decode.merge(first, second)
-
-    first, merged = parts()
-    wanted, out = expected(case)
-    # Their m may differ in the last bit, and their sums with it.
-    factor = np.exp(np.asarray(merged.m, np.float64) - wanted.m)
-    for name in ("weight", "k_sum", "v_sum", "kk", "vk"):
-        sums = np.asarray(getattr(merged, name), np.float64)
-        sums = sums * factor.reshape(*factor.shape, *[1] * (sums.ndim - 2))
-        assert error(sums, getattr(wanted, name)) < 5e-5, name  # 2^-17 for bfloat16
-    np.testing.assert_allclose(np.asarray(merged.m), wanted.m, rtol=1e-6)
-    assert first.kk.shape == (2, 4, 32, 32)
-    assert first.vk.shape == (2, 4, 16, 32)
-    finished, _ = decode.finish(merged, q.astype(jnp.float32), ridge, Options(solver="cholesky"))
-    assert error(finished, out) < 1e-4
-
-
-def test_an_empty_part_has_no_largest_logit():
-    q, k, v, _, scale, _ = cache("float32", (1, 40, 2, 1, 16, 16), [0])
-    state = gpu_decode.partial_state(q, k, v, jnp.array([0]), scale, interpret=True)
-    assert (np.asarray(state.m) == -np.inf).all()
-    assert not any(np.asarray(sums).any() for sums in state[1:])
+    assert error(run(case), expected_step(case)[1]) < 1e-5
 
 
 def test_a_float32_query_meets_a_bfloat16_cache_unrounded():
     q, k, v, length, scale, ridge = cache("bfloat16", (1, 150, 2, 1, 32, 32), [150])
     case = (q.astype(jnp.float32) * (1 + 2.0**-7 / 3), k, v, length, scale, ridge)
-    assert error(run(case), expected(case)[1]) < 1e-4
+    assert error(run(case), expected_step(case)[1]) < 1e-4
 
 
 def test_nan_in_a_query_stays_in_its_head():
@@ -105,7 +69,7 @@ def test_batches_of_calls():
         *(jnp.stack(x) for x in zip(*cases, strict=True))
     )
     for out, case in zip(together, cases, strict=True):
-        assert error(out, expected(case)[1]) < 1e-5
+        assert error(out, expected_step(case)[1]) < 1e-5
 
 
 def test_the_programs_of_a_small_batch_share_the_keys():

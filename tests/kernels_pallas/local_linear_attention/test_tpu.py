@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.local_linear_attention import tpu, tpu_pieces, tpu_rows
 from kernels_pallas.local_linear_attention.problem import Forward, Inputs, Options
-from tests.kernels_pallas.local_linear_attention.tpu_problems import error, expected, problem
+from tests.kernels_pallas.local_linear_attention.problems import error, expected, problem
 
 
 def run(inputs: Inputs, options: Options, **static) -> Forward:

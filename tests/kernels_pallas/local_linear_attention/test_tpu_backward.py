@@ -1,17 +1,13 @@
 """The TPU backward kernels in interpret mode against automatic differentiation of the reference in float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from kernels_pallas.local_linear_attention import tpu
 from kernels_pallas.local_linear_attention.problem import Inputs, Options
-from kernels_pallas.local_linear_attention.vjp import attend
-from tests.kernels_pallas.local_linear_attention.tpu_problems import cotangents, error, expected_gradients, problem
+from tests.kernels_pallas.local_linear_attention.problems import cotangents, error, expected_gradients, problem
 
 
 def gradients(inputs: Inputs, options: Options, **static) -> dict[str, jax.Array]:
@@ -62,56 +58,3 @@ def test_weights_computed_again_give_the_same_gradients():
     kept, again = (gradients(inputs, Options(), is_cached=cached) for cached in (True, False))
     for name in kept:
         np.testing.assert_array_equal(np.asarray(kept[name], np.float32), np.asarray(again[name], np.float32))
-
-
-NAMES = ("q", "k", "v", "ridge")
-
-
-def _loss(name: str, inputs: Inputs, *arrays: jax.Array) -> jax.Array:
-    result = attend(name, Options(), name != "xla", inputs._replace(**dict(zip(NAMES, arrays, strict=True))))
-    return jnp.sum(result.out**2) + jnp.sum(result.lse)
-
-
-@functools.cache
-def _sharded_problem() -> tuple[Inputs, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    inputs = problem("float32", (8, 20, 20, 4, 2, 16, 16))
-    arrays = tuple(getattr(inputs, name) for name in NAMES)
-    wanted = jax.jit(jax.grad(functools.partial(_loss, "xla", inputs), range(4)))(*arrays)
-    return inputs, arrays, wanted
-
-
-def _assert_same(actual: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> None:
-    for name, a, b in zip(NAMES, actual, wanted, strict=True):
-        assert error(a, np.asarray(b, np.float64)) < 1e-4, name  # both in float32, by different sums
-
-
-def test_under_vmap_through_the_custom_gradient():
-    inputs, arrays, wanted = _sharded_problem()
-    one = jax.grad(lambda *a: _loss("pallas_tpu", inputs, *(x[None] for x in a)), range(4))
-    _assert_same(jax.jit(jax.vmap(one))(*arrays), wanted)
-
-
-def test_under_shard_map_through_the_custom_gradient():
-    inputs, arrays, wanted = _sharded_problem()
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spec, rows = PartitionSpec("data", None, "heads", None), PartitionSpec("data", None, "heads")
-    specs = (spec, spec, spec, rows)
-
-    def local(*arrays):
-        return jax.grad(functools.partial(_loss, "pallas_tpu", inputs), range(4))(*arrays)
-
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    _assert_same(jax.jit(sharded)(*arrays), wanted)
-
-
-def test_the_forward_kernel_says_over_which_axes_it_varies():
-    inputs, arrays, _ = _sharded_problem()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def local(*arrays):
-        return tpu.forward(inputs._replace(**dict(zip(NAMES, arrays, strict=True))), Options(), interpret=True).out
-
-    spec = PartitionSpec("data")
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=True)
-    plain = tpu.forward(inputs, Options(), interpret=True).out
-    np.testing.assert_allclose(np.asarray(jax.jit(sharded)(*arrays)), np.asarray(plain), rtol=1e-5, atol=1e-5)

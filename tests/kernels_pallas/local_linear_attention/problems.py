@@ -1,4 +1,4 @@
-"""Problems for the TPU kernels' tests: small inputs, and the reference's answers to them in float64."""
+"""Problems for the kernels' tests: small inputs, and the reference's answers to them in float64."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.local_linear_attention import reference
+from kernels_pallas.local_linear_attention import decode, reference
+from kernels_pallas.local_linear_attention.decode import DecodeState
 from kernels_pallas.local_linear_attention.problem import Cotangents, Forward, Inputs, Options
 
 
@@ -76,3 +77,30 @@ def error(actual: Any, wanted: np.ndarray) -> float:
     np.testing.assert_array_equal(np.isfinite(actual), finite)
     difference = np.abs(actual[finite] - wanted[finite])
     return float(np.max(difference, initial=0) / np.max(np.abs(wanted[finite]), initial=1e-30))
+
+
+Case = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def cache(dtype: str, sizes: tuple[int, ...], lengths: list[int], ridge: float = 1.0) -> Case:
+    """q, k, v, length, scale, ridge; unused slots hold NaN and infinity."""
+    batch, keys, heads, key_heads, head, value_head = sizes
+    rng = np.random.default_rng(0)
+    unused = (np.arange(keys) >= np.asarray(lengths)[:, None])[:, :, None, None]
+    q = jnp.asarray(rng.standard_normal((batch, heads, head)), dtype)
+    k = jnp.asarray(np.where(unused, np.nan, rng.standard_normal((batch, keys, key_heads, head))), dtype)
+    v = jnp.asarray(np.where(unused, np.inf, rng.standard_normal((batch, keys, key_heads, value_head))), dtype)
+    ridges = jnp.asarray(ridge * (0.5 + rng.random((batch, heads))), jnp.float32)
+    return q, k, v, jnp.asarray(lengths, jnp.int32), jnp.float32(head**-0.5), ridges
+
+
+def expected_step(case: Case) -> tuple[DecodeState, np.ndarray]:
+    """Moments and output of a decoding step by XLA's version in float64, solved by Cholesky factors."""
+
+    @jax.jit  # one by one, its operations would compile one by one
+    def decoded(q, k, v, length, scale, ridge):
+        state = decode.partial_state(q, k, v, length, scale)
+        return state, decode.finish(state, q, ridge, Options(solver="cholesky"))[0]
+
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, decoded(*wide(case)))
