@@ -61,6 +61,7 @@ __all__ = [
     "block_topk_attention",
     "block_topk_decode",
     "block_topk_mask",
+    "block_topk_partial",
     "extend",
     "init_cache",
     "local_mask",
@@ -344,3 +345,58 @@ def block_topk_decode(
         query, cache.k, cache.v, cache.centroid_sum, 1 / cache.block_size, lengths, plan, scale, cache.layout,
         implementation,
     )  # fmt: skip
+
+
+def block_topk_partial(
+    query: Float[Array, "B n N H"],
+    cache: BlockTopKCache,
+    *,
+    num_blocks: int = 64,
+    num_sink: int = 4,
+    num_local: int = 0,
+    scale: ArrayLike | None = None,
+) -> tuple[Float[Array, "B n N _"], Float[Array, "B n N"]]:
+    """Attention of several queries per sequence to the same blocks, as one part of a softmax.
+
+    For drafts of speculative decoding, whose own keys are not in the cache yet: they are the other part, and with the
+    logarithms of both sums the parts merge. Blocks are read once, those that the first query chooses, so that the
+    first query attends to what `block_topk_decode` would read, its own token aside.
+
+    Args:
+        query: queries of n tokens [B, n, N, H].
+        cache: earlier tokens.
+        num_blocks: blocks to choose.
+        num_sink: first tokens that are always read, rounded up to where the cache's blocks start.
+        num_local: latest tokens that are always read.
+        scale: of the logits; 1/√H by default.
+
+    Returns:
+        Attention [B, n, N, V], and log Σ exp of the kept logits [B, n, N] (−inf for an empty cache).
+
+    Raises:
+        ValueError: as `block_topk_attention`.
+
+    >>> cache = init_cache(1, 64, num_kv_heads=1, head_dim=4, block_size=8)
+    >>> cache = append(cache, jnp.zeros((1, 1, 1, 4)), jnp.full((1, 1, 1, 4), 3.0))
+    >>> out, lse = block_topk_partial(jnp.ones((1, 5, 2, 4)), cache, num_blocks=2)
+    >>> out.shape, float(out[0, 4, 1, 0]), float(lse[0, 4, 1])
+    ((1, 5, 2, 4), 3.0, 0.0)
+    """
+    _check_query(query[:, :1], cache.k, cache.layout)
+    plan = plan_of(cache, num_blocks, num_sink, num_local)
+    lengths = _lengths(cache.length, query.shape[0], cache.size)
+    factor = jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale)
+    selecting = jax.lax.stop_gradient(factor) / cache.block_size
+    blocks = choose(query[:, :1], cache.centroid_sum, lengths, plan, selecting)
+    # The queries of a group, of all n tokens, side by side: as more heads of the same group.
+    batch, count, heads, size = query.shape
+    groups = cache.centroid_sum.shape[1]
+    split = query.reshape(batch, count, groups, heads // groups, size).swapaxes(1, 2)
+    joined = split.reshape(batch, 1, count * heads, size)
+    out, lse = xla.attend_part(joined, cache.k, cache.v, blocks, lengths, plan, factor, cache.layout)
+
+    def apart(rows: Array) -> Array:
+        split = rows.reshape(batch, groups, count, heads // groups, *rows.shape[3:]).swapaxes(1, 2)
+        return split.reshape(batch, count, heads, *rows.shape[3:])
+
+    return apart(out), apart(lse)

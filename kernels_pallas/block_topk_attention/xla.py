@@ -36,6 +36,20 @@ def attend(
     layout: Layout,
 ) -> Float[Array, "B 1 N V"]:
     """Softmax attention to the chosen blocks, the tail and the sink."""
+    return attend_part(query, key, value, blocks, length, plan, scale, layout)[0]
+
+
+def attend_part(
+    query: Float[Array, "B 1 N H"],
+    key: Float[Array, "B _ _ _"],
+    value: Float[Array, "B _ _ V"] | None,
+    blocks: Int[Array, "B K k"],
+    length: Int[Array, "B"],
+    plan: Plan,
+    scale: ArrayLike,
+    layout: Layout,
+) -> tuple[Float[Array, "B 1 N V"], Float[Array, "B 1 N"]]:
+    """The same, and the logarithm of each head's sum of weights, with which parts of a cache are merged."""
     batch, _, heads, width = query.shape
     groups = blocks.shape[1]
     dtype = accumulator(query.dtype)
@@ -62,4 +76,5 @@ def attend(
     weight = jnp.where(keep[:, :, None], jnp.exp(logits - top), 0)
     total = jnp.where(some, weight.sum(-1, keepdims=True), 1)
     out = jnp.einsum("bkrl,bklv->bkrv", weight, values) / total
-    return out.reshape(batch, 1, heads, values.shape[-1]).astype(query.dtype)
+    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    return out.reshape(batch, 1, heads, values.shape[-1]).astype(query.dtype), lse.reshape(batch, 1, heads)

@@ -1,0 +1,55 @@
+"""Decoding: more than one token from each forward pass."""
+
+from jaxaccel.decoding.medusa import (
+    MedusaConfig,
+    MedusaParams,
+    MedusaTargets,
+    init_medusa_heads,
+    medusa2_loss,
+    medusa_adam,
+    medusa_hidden,
+    medusa_logits,
+    medusa_loss,
+    medusa_schedule,
+    medusa_targets,
+    rank_accuracies,
+)
+from jaxaccel.decoding.tree import TreeBuffers, build_tree, chain, expected_length, make_tree
+from jaxaccel.decoding.verify import (
+    Verification,
+    propose,
+    sample_nucleus,
+    sample_typical,
+    verify_greedy,
+    verify_greedy_ids,
+    verify_nucleus,
+    verify_typical,
+)
+
+__all__ = [
+    "MedusaConfig",
+    "MedusaParams",
+    "MedusaTargets",
+    "TreeBuffers",
+    "Verification",
+    "build_tree",
+    "chain",
+    "expected_length",
+    "init_medusa_heads",
+    "make_tree",
+    "medusa2_loss",
+    "medusa_adam",
+    "medusa_hidden",
+    "medusa_logits",
+    "medusa_loss",
+    "medusa_schedule",
+    "medusa_targets",
+    "propose",
+    "rank_accuracies",
+    "sample_nucleus",
+    "sample_typical",
+    "verify_greedy",
+    "verify_greedy_ids",
+    "verify_nucleus",
+    "verify_typical",
+]

@@ -1,0 +1,305 @@
+"""Generation of text as one compiled loop: plain or speculative decoding of any model with a cache.
+
+A step passes a small tree of tokens through the model: its root is the last token that was emitted, the other nodes
+are guesses of speculative heads. The path that the model itself would have taken stands; its tokens are emitted, and
+one more, which the model chose after the last of them. A tree of the root alone is plain decoding, so that both are the
+same loop, and with greedy verification they give the same text.
+
+The loop knows a model by three functions (`CachedModel`) and never looks into its cache. State is a pytree whose
+buffers are given away at each call, so the cache is updated in place.
+
+When speculation helps: small batches, where a pass of several tokens costs little more than that of one, as weights are
+read once for all of them. When not: large batches, and heads that guess badly.
+
+Source: Cai et al., Medusa, arXiv 2401.10774; Leviathan et al., arXiv 2211.17192.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxaccel.decoding.medusa import MedusaParams, medusa_hidden, medusa_logits
+from jaxaccel.decoding.sampling import Sampling, next_tokens
+from jaxaccel.decoding.tree import TreeBuffers, chain
+from jaxaccel.decoding.verify import Verification, propose, verify_greedy_ids, verify_typical
+
+PLAIN = chain(0)
+"""The tree of one node: a token at a time."""
+
+
+class CachedModel(NamedTuple):
+    """What the loop needs of a model. Keep the same functions between calls: they are part of what is compiled."""
+
+    forward: Callable[..., Any]
+    """``(params, tokens [B, n], cache, positions [B, n], mask [n, n]) -> (hidden [B, n, D], new)``; reads the cache."""
+    logits: Callable[..., Any]
+    """``(params, hidden [..., D]) -> [..., V]``."""
+    append: Callable[..., Any]
+    """``(cache, new, nodes [B, m] or None, count [B] or None) -> cache`` with those of the n tokens stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """Typical acceptance of guesses: faster than sampling, but not distribution preserving. See `verify_typical`."""
+
+    epsilon: float = 0.09
+    alpha: float = 0.3
+
+
+class DraftHeads(NamedTuple):
+    """Speculative heads as the loop takes them: a pytree.
+
+    Guessing among the few thousand tokens that are guessed at all, instead of the whole vocabulary, costs a draft that
+    much less memory traffic; a token outside is never guessed, and the text stays the same.
+    """
+
+    medusa: MedusaParams
+    rows: Any = None  # [V', D], rows of the model's output matrix, for heads without a vocabulary matrix of their own
+    token_ids: Any = None  # int32 [V'], the tokens that are guessed; None for the whole vocabulary
+
+
+class GenerationState(NamedTuple):
+    """Between two steps: a pytree. The last emitted token of each sequence is not in the cache yet."""
+
+    cache: Any  # with int32 [B] `position` of the next token
+    hidden: Any  # [B, D], at the last token that the cache holds: what speculative heads guess from
+    last: Any  # int32 [B], the last emitted token
+    tokens: Any  # int32 [B, max_new_tokens], emitted tokens; padding after `count`
+    count: Any  # int32 [B]
+    done: Any  # bool [B]
+    seen: Any  # bool [B, V] tokens that occurred, for a repetition penalty; else ()
+    key: Any  # of the next step; () for greedy decoding
+    steps: Any  # int32, passes through the model after the prompt
+    histogram: Any  # int32 [max_depth + 1], how often 0, 1, ... guesses of a step stood, over unfinished sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is compiled into the loop: hashable."""
+
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    tree: TreeBuffers = PLAIN
+    typical: Typical | None = None
+
+    def __post_init__(self) -> None:
+        if self.typical is not None and self.sampling.greedy:
+            raise ValueError("typical acceptance needs a temperature above 0: greedy decoding accepts by argmax")
+        if self.typical is not None and (self.sampling.top_k, self.sampling.top_p) != (None, None):
+            raise ValueError("typical acceptance has no top_k and top_p: its own threshold takes their place")
+
+
+def _record(
+    state: GenerationState, emitted: Int[Array, "B m"], count: Int[Array, "B"], rules: Rules
+) -> GenerationState:
+    """Write the first ``count`` new tokens of each sequence, up to a stop token and to the end of the buffer."""
+    columns = jnp.arange(emitted.shape[1])
+    room = state.tokens.shape[1] - state.count
+    count = jnp.where(state.done, 0, jnp.minimum(count, room))
+    stops = jnp.zeros(emitted.shape, bool)
+    for stop in rules.stop_ids:
+        stops |= emitted == stop
+    stops &= columns < count[:, None]
+    stopped = stops.any(-1)
+    count = jnp.where(stopped, jnp.argmax(stops, -1) + 1, count)
+    at = jnp.where(columns < count[:, None], state.count[:, None] + columns, state.tokens.shape[1])
+    rows = jnp.arange(len(emitted))[:, None]
+    tokens = state.tokens.at[rows, at].set(emitted, mode="drop")
+    seen = state.seen
+    if rules.sampling.repetition_penalty != 1:
+        kept = jnp.where(columns < count[:, None], emitted, seen.shape[-1])
+        seen = seen.at[rows, kept].set(True, mode="drop")
+    total = state.count + count
+    done = state.done | stopped | (total >= tokens.shape[1])
+    return state._replace(tokens=tokens, count=total, done=done, seen=seen)
+
+
+def start(
+    logits: Float[Array, "B V"],
+    hidden: Float[Array, "B D"],
+    cache: Any,
+    *,
+    rules: Rules,
+    max_new_tokens: int,
+    key: Key[Array, ""] | None = None,
+    seen: Bool[Array, "B V"] | None = None,
+) -> GenerationState:
+    """The state after a prompt, its first token chosen.
+
+    Args:
+        logits: after the last token of each prompt.
+        hidden: there.
+        cache: of the prompts.
+        rules: of the loop.
+        max_new_tokens: most tokens to emit, at least 1.
+        key: for sampling.
+        seen: which tokens the prompts hold, for a repetition penalty.
+
+    Raises:
+        ValueError: for fewer than 1 new tokens, or a missing ``key`` or ``seen``.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    sampling, batch = rules.sampling, len(logits)
+    if not sampling.greedy and key is None:
+        raise ValueError(f"temperature is {sampling.temperature}: sampling needs a key")
+    now, later = (None, ()) if key is None else tuple(jax.random.split(key))
+    first = next_tokens(logits, sampling, key=now, seen=seen)
+    zeros = jnp.zeros(batch, jnp.int32)
+    state = GenerationState(
+        cache,
+        hidden,
+        first,
+        jnp.full((batch, max_new_tokens), rules.pad_id, jnp.int32),
+        zeros,
+        jnp.zeros(batch, bool),
+        () if sampling.repetition_penalty == 1 else seen,
+        () if sampling.greedy else later,
+        jnp.int32(0),
+        jnp.zeros(rules.tree.max_depth + 1, jnp.int32),
+    )
+    return _record(state, first[:, None], zeros + 1, rules)
+
+
+def _seen_by_node(seen: Bool[Array, "B V"], tokens: Int[Array, "B n"], tree: TreeBuffers) -> Bool[Array, "B n V"]:
+    """Tokens that occurred before the token after each node: those of the text and of the path to the node."""
+    batch, nodes = tokens.shape
+    each = jnp.broadcast_to(seen[:, None], (batch, nodes, seen.shape[-1]))
+    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(nodes)[:, None]
+    ancestor = jnp.where(tree.attn_mask, tokens[:, None], seen.shape[-1])
+    return each.at[rows, columns, ancestor].set(True, mode="drop")
+
+
+def _verify(
+    logits: Float[Array, "B n V"], tokens: Int[Array, "B n"], state: GenerationState, rules: Rules, key: Any
+) -> Verification:
+    tree, sampling = rules.tree, rules.sampling
+    seen = _seen_by_node(state.seen, tokens, tree) if sampling.repetition_penalty != 1 else None
+    if rules.typical is not None:
+        if seen is not None or sampling.vocab_size is not None:
+            raise ValueError("typical acceptance takes no repetition penalty and no vocab_size")
+        return verify_typical(
+            logits, tokens, tree, temperature=sampling.temperature, epsilon=rules.typical.epsilon,
+            alpha=rules.typical.alpha, key=key,
+        )  # fmt: skip
+    # Drawn after every node: a guess stands if it is what was drawn after its parent, so the law of the text is that of
+    # drawing token by token. Greedily, what is drawn is the argmax.
+    drawn = next_tokens(logits, sampling, key=key, seen=seen)
+    return verify_greedy_ids(drawn, tokens, tree)
+
+
+def step(
+    model: CachedModel, params: Any, heads: DraftHeads | None, state: GenerationState, rules: Rules
+) -> GenerationState:
+    """One pass through the model: emits one token for each sequence, and one for each guess that stands."""
+    tree = rules.tree
+    key, later = (None, ()) if rules.sampling.greedy else tuple(jax.random.split(state.key))
+    if tree.max_depth:
+        assert heads is not None
+        medusa = heads.medusa
+        if medusa.vocab is None and heads.rows is None:  # they share the model's own
+            guesses = model.logits(params, medusa_hidden(medusa, state.hidden).astype(state.hidden.dtype))
+        else:
+            guesses = medusa_logits(medusa, state.hidden, lm_head=heads.rows)
+        tokens, _ = propose(guesses, None, tree, root=state.last, token_ids=heads.token_ids)
+    else:
+        tokens = state.last[:, None]
+    positions = state.cache.position[:, None] + tree.depth
+    hidden, new = model.forward(params, tokens, state.cache, positions, jnp.asarray(tree.attn_mask))
+    result = _verify(model.logits(params, hidden), tokens, state, rules, key)
+    if tree.max_depth:
+        at = result.nodes[:, -1]
+        emitted = jnp.take_along_axis(tokens, result.nodes, 1)[:, 1:]
+        # The token after the path stands where the path ends.
+        emitted = jnp.concatenate([emitted, result.next_token[:, None]], 1)
+        emitted = jnp.where(
+            jnp.arange(emitted.shape[1]) == result.accepted[:, None], result.next_token[:, None], emitted
+        )
+        cache = model.append(state.cache, new, result.nodes, result.accepted + 1)
+        hidden = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
+    else:
+        emitted, hidden = result.next_token[:, None], hidden[:, 0]
+        cache = model.append(state.cache, new, None, None)
+    histogram = state.histogram.at[result.accepted].add(jnp.where(state.done, 0, 1))
+    state = _record(state, emitted, result.accepted + 1, rules)
+    return state._replace(
+        cache=cache, hidden=hidden, last=result.next_token, key=later, steps=state.steps + 1, histogram=histogram
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("state",))
+def advance(
+    params: Any,
+    heads: DraftHeads | None,
+    state: GenerationState,
+    max_steps: Int[Array, ""],
+    *,
+    model: CachedModel,
+    rules: Rules,
+) -> GenerationState:
+    """At most ``max_steps`` steps, fewer if all sequences are finished. ``state`` is given away."""
+    end = state.steps + max_steps
+
+    def going(state: GenerationState) -> Bool[Array, ""]:
+        return ~state.done.all() & (state.steps < end)
+
+    return jax.lax.while_loop(going, lambda s: step(model, params, heads, s, rules), state)
+
+
+def run(
+    params: Any,
+    state: GenerationState,
+    *,
+    model: CachedModel,
+    rules: Rules,
+    heads: DraftHeads | None = None,
+    callback: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    every: int = 8,
+) -> GenerationState:
+    """Step until all sequences are finished.
+
+    Args:
+        params: of the model.
+        state: from `start`; it is given away.
+        model: its functions.
+        rules: of the loop.
+        heads: for a tree with guesses.
+        callback: is told tokens [B, max_new_tokens] and counts [B] about every ``every`` steps, and at the end, for
+            showing text as it comes. Without it the whole generation is one call.
+        every: steps between two calls.
+
+    Returns:
+        The last state.
+
+    Raises:
+        ValueError: if the tree is deeper than there are heads, ``every`` is below 1.
+    """
+    depth = rules.tree.max_depth
+    if depth and heads is None:
+        raise ValueError(f"the tree guesses {depth} tokens ahead, but no heads are given")
+    if heads is not None:
+        count, _, width, _ = heads.medusa.weight.shape
+        if count < depth:
+            raise ValueError(f"the tree guesses {depth} tokens ahead, but there are only {count} heads")
+        if width != state.hidden.shape[-1]:
+            raise ValueError(
+                f"heads are for a model of width {width}, but this one has {state.hidden.shape[-1]}: they belong to "
+                "another model"
+            )
+    if every < 1:
+        raise ValueError(f"every is {every}, expected at least 1")
+    length = state.tokens.shape[1]
+    if callback is None:
+        return advance(params, heads, state, jnp.int32(length), model=model, rules=rules)
+    callback(np.asarray(state.tokens), np.asarray(state.count))
+    while not bool(state.done.all()):
+        state = advance(params, heads, state, jnp.int32(every), model=model, rules=rules)
+        callback(np.asarray(state.tokens), np.asarray(state.count))
+    return state

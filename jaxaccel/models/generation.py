@@ -1,0 +1,314 @@
+"""Text from a decoder: prompts in, tokens out, with any of the ways to decode faster, alone or together.
+
+    params = prepare(params)                                  # once: fused products, smaller weights
+    out = generate(params, tokens, config, max_new_tokens=64)
+
+What composes: weights in 16 or 8 bits (`prepare`), a prompt compressed to its important tokens (`SnapKV`), a long cache
+read by blocks (`BlockTopK`), speculative heads (`Drafts`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jaxaccel.caching.snapkv import compress, snapkv_select
+from jaxaccel.compression import quantize_weights, take_rows
+from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, Rules, Typical, run, start
+from jaxaccel.decoding.medusa import MedusaParams
+from jaxaccel.decoding.sampling import Sampling
+from jaxaccel.decoding.tree import TreeBuffers
+from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, unstack_layers
+from jaxaccel.models.decoder_config import DecoderConfig
+from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
+
+PROMPT_STEP = 32
+"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV:
+    """How a prompt is compressed: see `jaxaccel.caching.snapkv_select`."""
+
+    capacity: int = 1024
+    """Tokens that remain of a prompt in each layer and head; shorter prompts stay whole."""
+    window: int = 32
+    """Latest tokens, which vote and always remain."""
+    kernel_size: int = 5
+    pooling: Literal["avg", "max"] = "avg"
+    aggregate: Literal["mean", "none"] = "mean"
+    """``"mean"``: a group's heads keep the same tokens; ``"none"``: each its own, which takes N/K times the memory."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.capacity <= self.window:
+            raise ValueError(f"capacity is {self.capacity}, expected more than window = {self.window}, at least 1")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """Speculative heads and the tree that they fill."""
+
+    heads: MedusaParams
+    tree: TreeBuffers
+    token_ids: Any = None
+    """int32 [V'], the tokens that the heads guess among; the whole vocabulary by default. Heads with a matrix of their
+    own have one row for each of these."""
+
+
+class Generation(NamedTuple):
+    """What `generate` returns."""
+
+    tokens: Any  # int32 [B, max_new_tokens], with the stop token; padding after `count`
+    count: Any  # int32 [B]
+    steps: Any  # int32, passes through the model after the prompt
+    histogram: Any  # int32 [max_depth + 1], steps in which 0, 1, ... guesses stood, of sequences not finished
+
+
+def prepare(params: Any, dtype: Literal["float32", "bfloat16", "int8"] = "float32") -> Any:
+    """Parameters as decoding likes them: layers apart, joined products, and weights of fewer bits.
+
+    Args:
+        params: of a decoder, in any form.
+        dtype: ``"bfloat16"`` converts everything, activations with it; ``"int8"`` the matrices.
+    """
+    params = unstack_layers(params) if is_stacked(params) else params
+    return quantize_weights(fuse(params), dtype)
+
+
+@functools.cache
+def cached_model(config: DecoderConfig) -> CachedModel:
+    """The functions that `jaxaccel.decoding.generate` drives, the same ones for equal configurations."""
+
+    def forward(params: Any, tokens: Array, cache: KVCache, positions: Array, mask: Array) -> tuple[Array, NewTokens]:
+        result = decoder_forward(params, tokens, config, positions=positions, cache=cache, mask=mask)
+        return result.hidden, result.new
+
+    def store(cache: KVCache, new: NewTokens, nodes: Array | None, count: Array | None) -> KVCache:
+        return append(cache, new, nodes=nodes, count=count)
+
+    return CachedModel(forward, decoder_logits, store)
+
+
+def _compressed(layer: int, new: NewTokens, queries: Any, length: Array, snap: SnapKV) -> tuple[Array, Array, Array]:
+    """One layer's remaining keys and values [B, K, capacity, H], and how many count."""
+    keys, values = new.keys[layer], new.values[layer]
+    selection = snapkv_select(
+        queries[layer], keys.swapaxes(1, 2), capacity=snap.capacity, window=snap.window,
+        kernel_size=snap.kernel_size, pooling=snap.pooling, aggregate=snap.aggregate, length=length,
+    )  # fmt: skip
+    return compress(keys, selection, axis=2), compress(values, selection, axis=2), selection.kept
+
+
+def prefill(
+    params: Any,
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    config: DecoderConfig,
+    *,
+    room: int,
+    cache_dtype: Any = jnp.float32,
+    snapkv: SnapKV | None = None,
+    sparse: BlockTopK | None = None,
+) -> tuple[Float[Array, "B V"], Float[Array, "B D"], KVCache]:
+    """Pass prompts through the model and fill a cache.
+
+    Args:
+        params: of the decoder.
+        tokens: prompts, padded on the right.
+        length: real tokens of each, at least 1.
+        config: of the model.
+        room: slots for tokens to come.
+        cache_dtype: of keys and values.
+        snapkv: keep a part of each prompt. Positions go on from its true length.
+        sparse: read the cache by blocks; where the budget is not less than the cache, it is dense.
+
+    Returns:
+        Logits and hidden states after each prompt's last token, and the cache.
+    """
+    batch, total = tokens.shape
+    shrinks = snapkv is not None and total > snapkv.capacity
+    if shrinks and config.scan_layers:
+        raise ValueError("snapkv needs layers apart: unstack them, with prepare")
+    rows = None
+    if shrinks:
+        assert snapkv is not None
+        rows = jnp.maximum(length[:, None] - snapkv.window, 0) + jnp.arange(snapkv.window)
+    result = decoder_forward(params, tokens, config, query_rows=rows)
+    new, kept, heads = result.new, length, config.num_kv_heads
+    if shrinks:
+        assert snapkv is not None
+        parts = [_compressed(i, new, result.queries, length, snapkv) for i in range(config.num_layers)]
+        keys, values, counts = zip(*parts, strict=True)
+        new, kept, heads = NewTokens(keys, values), counts[0], keys[0].shape[1]
+    size = jax.tree.leaves(new)[0].shape[-2] + room
+    if sparse is None and config.attention == "block_topk":
+        sparse = BlockTopK()
+    if sparse is not None and sparse.budget >= size:
+        sparse = None
+    cache = empty_cache(
+        config.num_layers, batch, size, heads, config.head_dim,
+        dtype=cache_dtype, sparse=sparse, stacked=config.scan_layers,
+    )  # fmt: skip
+    cache = append(cache, new, count=kept)
+    cache = dataclasses.replace(cache, position=length)
+    last = jnp.take_along_axis(result.hidden, (length - 1)[:, None, None], 1)[:, 0]
+    return decoder_logits(params, last), last, cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rules", "max_new_tokens", "cache_dtype", "snapkv", "sparse"))
+def _begin(
+    params: Any,
+    tokens: Array,
+    length: Array,
+    key: Any,
+    *,
+    config: DecoderConfig,
+    rules: Rules,
+    max_new_tokens: int,
+    cache_dtype: Any,
+    snapkv: SnapKV | None,
+    sparse: BlockTopK | None,
+) -> Any:
+    room = max_new_tokens + rules.tree.max_depth + 1
+    logits, hidden, cache = prefill(
+        params, tokens, length, config, room=room, cache_dtype=cache_dtype, snapkv=snapkv, sparse=sparse
+    )
+    seen = None
+    if rules.sampling.repetition_penalty != 1:
+        vocab = logits.shape[-1]
+        real = jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, vocab)
+        seen = jnp.zeros((len(tokens), vocab), bool).at[jnp.arange(len(tokens))[:, None], real].set(True, mode="drop")
+    return start(logits, hidden, cache, rules=rules, max_new_tokens=max_new_tokens, key=key, seen=seen)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int = PROMPT_STEP) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of different lengths as one array [B, T], padded on the right with 0, and their lengths [B].
+
+    Raises:
+        ValueError: for no prompts, or an empty one.
+
+    >>> tokens, length = pad_prompts([[5, 6, 7], [8]], multiple=4)
+    >>> tokens.tolist(), length.tolist()
+    ([[5, 6, 7, 0], [8, 0, 0, 0]], [3, 1])
+    """
+    if not prompts:
+        raise ValueError("there are no prompts")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty, expected at least one token")
+    length = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), -(-int(length.max()) // multiple) * multiple), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, length
+
+
+def _check_prompts(tokens: np.ndarray, length: np.ndarray, config: DecoderConfig, new: int) -> None:
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"prompts have shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T]")
+    if length.shape != (len(tokens),) or length.min() < 1 or length.max() > tokens.shape[1]:
+        raise ValueError(f"length is {length.tolist()}, expected a number from 1 to {tokens.shape[1]} for each prompt")
+    longest = int(length.max())
+    if longest + new > config.max_positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones do not fit into the {config.max_positions} positions "
+            "of the model"
+        )
+    real = np.where(np.arange(tokens.shape[1]) < length[:, None], tokens, 0)
+    if real.min() < 0 or real.max() >= config.vocab_size:
+        raise ValueError(f"prompts hold ids from {real.min()} to {real.max()}, expected 0 to {config.vocab_size - 1}")
+
+
+def generate(
+    params: Any,
+    prompts: Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray,
+    config: DecoderConfig,
+    *,
+    length: Int[Array, "B"] | np.ndarray | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    key: Key[Array, ""] | None = None,
+    stop_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    drafts: Drafts | None = None,
+    typical: Typical | None = None,
+    snapkv: SnapKV | None = None,
+    sparse: BlockTopK | None = None,
+    cache_dtype: Any = None,
+    callback: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    every: int = 8,
+) -> Generation:
+    """Continue prompts.
+
+    Args:
+        params: of the decoder; `prepare` them once.
+        prompts: lists of ids, or an array [B, T] padded on the right with ``length`` given.
+        config: of the model.
+        length: real tokens of each row of an array; all by default.
+        max_new_tokens: most tokens for each prompt.
+        sampling: greedy by default.
+        key: for sampling: the same key gives the same text.
+        stop_ids: a sequence ends with the first of these.
+        pad_id: fills the rest of its row.
+        drafts: speculative heads and their tree. Greedy text stays what it is without, up to ties in the last bit.
+        typical: accept drafts by the typical rule, with a temperature.
+        snapkv: compress prompts.
+        sparse: read the cache by blocks.
+        cache_dtype: of keys and values; that of the model by default.
+        callback: is told tokens and counts as they come (see `jaxaccel.decoding.generate.run`).
+        every: steps between two calls of it.
+
+    Returns:
+        Tokens, counts, and how many steps they took.
+
+    Raises:
+        ValueError: for an empty prompt, ids that the model does not have, a prompt that does not fit, numbers out of
+            range, heads of another model.
+
+    >>> from jaxaccel.models.decoder import init_params
+    >>> config = DecoderConfig.tiny()
+    >>> params = prepare(init_params(jax.random.key(0), config))
+    >>> out = generate(params, [[1, 2, 3], [4]], config, max_new_tokens=5)
+    >>> out.tokens.shape, int(out.steps)
+    ((2, 5), 4)
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if isinstance(prompts, jax.Array | np.ndarray):
+        tokens = np.asarray(prompts)
+        count = np.full(len(tokens), tokens.shape[-1], np.int32) if length is None else np.asarray(length, np.int32)
+    else:
+        if length is not None:
+            raise ValueError("length is given with lists of ids, which have their own lengths")
+        tokens, count = pad_prompts(prompts, multiple=min(PROMPT_STEP, config.max_positions))
+        tokens = tokens[:, : max(config.max_positions, int(count.max()))]
+    _check_prompts(tokens, count, config, max_new_tokens)
+    rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, PLAIN if drafts is None else drafts.tree, typical)
+    dtype = jnp.dtype(cache_dtype or config.dtype or _float_dtype(params))
+    state = _begin(
+        params, jnp.asarray(tokens), jnp.asarray(count), key, config=config, rules=rules,
+        max_new_tokens=max_new_tokens, cache_dtype=dtype, snapkv=snapkv, sparse=sparse,
+    )  # fmt: skip
+    heads = None if drafts is None else _draft_heads(params, drafts)
+    state = run(params, state, model=cached_model(config), rules=rules, heads=heads, callback=callback, every=every)
+    return Generation(state.tokens, state.count, state.steps, state.histogram)
+
+
+def _draft_heads(params: Any, drafts: Drafts) -> DraftHeads:
+    if drafts.token_ids is None:
+        return DraftHeads(drafts.heads)
+    ids = jnp.asarray(drafts.token_ids, jnp.int32)
+    if drafts.heads.vocab is not None:
+        return DraftHeads(drafts.heads, None, ids)
+    return DraftHeads(drafts.heads, take_rows(params["head"] if "head" in params else params["embedding"], ids), ids)
+
+
+def _float_dtype(params: Any) -> Any:
+    return jax.tree.leaves(params["final_norm"])[0].dtype
