@@ -19,7 +19,7 @@ from kernels_pallas.prove.compilers import requirements
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEV, CONSTRAINTS = ROOT / "requirements" / "dev.txt", ROOT / "constraints.txt"
 COMPILERS = ROOT / "requirements" / "compilers.txt"
-EXTRAS = ("experiments", "prove", "tests", "docs", "lint")
+EXTRAS = ("experiments", "models", "prove", "tests", "docs", "lint")
 
 DEV_HEADER = f"""\
 # Everything that building, testing and documenting jaxaccel needs, pinned with hashes; `make` installs exactly this.

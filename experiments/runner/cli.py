@@ -1,4 +1,4 @@
-"""The command line: list, run, report, bench, publish. Flags are made from dataclasses by tyro."""
+"""The command line: list, run, report, bench, generate, publish. Flags are made from dataclasses by tyro."""
 
 import dataclasses
 import pathlib
@@ -17,6 +17,7 @@ commands:
   run NAME... | --all      run experiments: baseline and method on the same data, seeds and budget
   report                   one self-contained HTML page from what was run
   bench [NAME...]          speed ratios, measured in turn in one process
+  generate --prompt TEXT   text from a language model, with the ways to decode it faster
   publish                  copy the newest results into docs/ and the README
 
 `python -m experiments COMMAND --help` explains a command; `python -m experiments run NAME --help` also lists every
@@ -82,7 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return OK if words else USAGE
     command, rest = words[0], words[1:]
-    commands = {"list": _list, "run": _run, "report": _report, "bench": _bench, "publish": _publish}
+    commands = {
+        "list": _list,
+        "run": _run,
+        "report": _report,
+        "bench": _bench,
+        "generate": _generate,
+        "publish": _publish,
+    }
     if command not in commands:
         import difflib
 
@@ -198,6 +206,13 @@ def _bench(words: Sequence[str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return benchmarks.run(chosen, options)
+
+
+def _generate(words: Sequence[str]) -> int:
+    from experiments import generation_cli
+
+    options = tyro.cli(generation_cli.GenerateOptions, prog="python -m experiments generate", args=list(words))
+    return generation_cli.generate_command(options)
 
 
 def _publish(words: Sequence[str]) -> int:

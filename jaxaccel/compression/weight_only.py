@@ -92,7 +92,7 @@ def quantize_weights(params: Any, dtype: str = "int8") -> Any:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
     if dtype != "int8":
         raise ValueError(f"dtype is {dtype!r}, expected 'int8', 'bfloat16' or 'float32'")
-    return jax.tree.map(lambda leaf: quantize(leaf) if jnp.ndim(leaf) >= 2 else leaf, params)
+    return jax.tree.map(lambda leaf: quantize(leaf) if jnp.ndim(leaf) >= 2 else jnp.asarray(leaf), params)
 
 
 def _pieces(x: Float[Array, "M in"]) -> tuple[Int8[Array, "_ in"], Float[Array, "M 1"]]:

@@ -1,5 +1,6 @@
-"""Decoding: more than one token from each forward pass."""
+"""Decoding: text as one compiled loop, and more than one token from each forward pass."""
 
+from jaxaccel.decoding.generate import CachedModel, DraftHeads, GenerationState, Rules, Typical, advance, run, start
 from jaxaccel.decoding.medusa import (
     MedusaConfig,
     MedusaParams,
@@ -14,6 +15,7 @@ from jaxaccel.decoding.medusa import (
     medusa_targets,
     rank_accuracies,
 )
+from jaxaccel.decoding.sampling import Sampling, next_tokens
 from jaxaccel.decoding.tree import TreeBuffers, build_tree, chain, expected_length, make_tree
 from jaxaccel.decoding.verify import (
     Verification,
@@ -27,11 +29,18 @@ from jaxaccel.decoding.verify import (
 )
 
 __all__ = [
+    "CachedModel",
+    "DraftHeads",
+    "GenerationState",
     "MedusaConfig",
     "MedusaParams",
     "MedusaTargets",
+    "Rules",
+    "Sampling",
     "TreeBuffers",
+    "Typical",
     "Verification",
+    "advance",
     "build_tree",
     "chain",
     "expected_length",
@@ -44,10 +53,13 @@ __all__ = [
     "medusa_loss",
     "medusa_schedule",
     "medusa_targets",
+    "next_tokens",
     "propose",
     "rank_accuracies",
+    "run",
     "sample_nucleus",
     "sample_typical",
+    "start",
     "verify_greedy",
     "verify_greedy_ids",
     "verify_nucleus",

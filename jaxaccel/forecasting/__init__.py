@@ -27,6 +27,7 @@ from jaxaccel.forecasting.kinetics import (
     kv_cache_bytes,
     tokens_read,
 )
+from jaxaccel.forecasting.pareto import Student, StudentSearch, median_seconds, pareto_front, search_student_shapes
 
 __all__ = [
     "B200",
@@ -43,6 +44,8 @@ __all__ = [
     "Frontier",
     "HardwareSpec",
     "ModelSpec",
+    "Student",
+    "StudentSearch",
     "TopK",
     "allocate",
     "attention_ratio",
@@ -50,6 +53,9 @@ __all__ = [
     "cost_frontier",
     "eflops",
     "kv_cache_bytes",
+    "median_seconds",
+    "pareto_front",
     "pass_at_k",
+    "search_student_shapes",
     "tokens_read",
 ]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxaccel.compression import Int8Weight, linear, take_rows
 from jaxaccel.models.decoder_attention import attend_cached, attend_new
-from jaxaccel.models.decoder_config import DecoderConfig, layer_shapes, parameter_shapes
+from jaxaccel.models.decoder_config import DecoderConfig, parameter_shapes
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, empty_cache
 from jaxaccel.models.rotary import rotary_angles, rotate
 
@@ -300,9 +300,3 @@ class Decoder(nnx.Module):
         """Logits of the next token at each position."""
         params = self.parameters()
         return decoder_logits(params, decoder_forward(params, tokens, self.config).hidden)
-
-
-__all__ = [
-    "Decoder", "Forward", "decoder_forward", "decoder_logits", "fuse", "init_params", "layer_shapes", "new_cache",
-    "stack_layers", "unstack_layers",
-]  # fmt: skip

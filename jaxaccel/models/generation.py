@@ -78,6 +78,7 @@ def prepare(params: Any, dtype: Literal["float32", "bfloat16", "int8"] = "float3
         params: of a decoder, in any form.
         dtype: ``"bfloat16"`` converts everything, activations with it; ``"int8"`` the matrices.
     """
+    params = jax.tree.map(jnp.asarray, params)  # files give NumPy arrays
     params = unstack_layers(params) if is_stacked(params) else params
     return quantize_weights(fuse(params), dtype)
 
