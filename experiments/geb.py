@@ -257,14 +257,17 @@ SKIPPED = SpikeRule()
 """What `skip_on_spike` skips: that, or above the mean by six standard deviations."""
 
 
-def count_spikes(losses: np.ndarray, rule: SpikeRule) -> int:
-    """Spikes in the losses of a run; what follows a divergence is not counted."""
-
+@functools.partial(jax.jit, static_argnames="rule")
+def _find_spikes(losses: jax.Array, rule: SpikeRule) -> jax.Array:
     def step(state: Any, loss: jax.Array) -> tuple[Any, jax.Array]:
         return update_spike_state(state, loss, rule), is_spike(state, loss, rule)
 
-    _, found = jax.jit(lambda losses: jax.lax.scan(step, init_spike_state(), losses))(jnp.asarray(losses))
-    return int(np.sum(np.asarray(found) & np.isfinite(losses)))
+    return jax.lax.scan(step, init_spike_state(), losses)[1]
+
+
+def count_spikes(losses: np.ndarray, rule: SpikeRule) -> int:
+    """Spikes in the losses of a run; what follows a divergence is not counted."""
+    return int(np.sum(np.asarray(_find_spikes(jnp.asarray(losses), rule)) & np.isfinite(losses)))
 
 
 def run(config: GebConfig, session: Session) -> Generator[Progress, None, Comparison]:

@@ -58,7 +58,10 @@ def shown_modules(page):
         yield module.strip(), None if words == ["true"] else set(words) - {"false"}
 
 
-@pytest.mark.parametrize("family", ["optim", "attention", "forecasting", "robustness", "models"])
+@pytest.mark.parametrize(
+    "family",
+    ["optim", "attention", "decoding", "caching", "compression", "posttraining", "forecasting", "robustness", "models"],
+)
 def test_the_api_pages_show_every_public_function(family):
     # A page shows the modules that its directives name. Naming the family would not do: where a module and a function
     # have the same name, the documentation tool takes the module and loses the function.

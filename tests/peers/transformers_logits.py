@@ -1,7 +1,7 @@
 """Logits of Hugging Face transformers for tiny random decoders, one for each configuration that `DecoderConfig` covers.
 
-Weights are not stored: both sides draw them from the same seed. To make ``tests/data/transformers_logits.npz`` again, in
-an environment with torch and transformers (the file was made with 2.13 and 5.24): python -m tests.peers.transformers_logits
+Weights are not stored: both sides draw them from the same seed. ``tests/data/transformers_logits.npz`` was made with
+transformers 5.24 and torch 2.13 by ``python -m tests.peers.transformers_logits``.
 """
 
 import pathlib
