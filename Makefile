@@ -88,7 +88,8 @@ bench: $(STAMP)  ## print speed ratios, measured in turn in one process
 .PHONY: test-lowest
 test-lowest: $(LOWEST_STAMP)  ## test the library with the oldest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) tests/optim tests/robustness tests/test_records.py \
-	  tests/attention tests/forecasting tests/kernels_pallas --ignore=tests/kernels_pallas/prove
+	  tests/attention tests/forecasting tests/compression tests/caching tests/posttraining tests/models/test_decoder.py \
+	  tests/kernels_pallas --ignore=tests/kernels_pallas/prove
 
 $(LOWEST_STAMP):
 	@$(find_python); \

@@ -1,9 +1,9 @@
 """SmolLM2-135M on this machine: decoding against the bandwidth limit and against transformers where it is installed."""
 
-import functools
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.weights import load_pretrained
 
 MODEL = "smollm2-135m"
-SHORT, LONG, LONGER = 32, 2048, 4096
+CASES = ((1, 32), (8, 32), (1, 2048))
+"""Batches and lengths of prompts."""
+LONGER = 4096
 NEW = 48
 """Tokens that a run emits; the first comes from the prompt."""
 
@@ -29,7 +31,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     assert loaded.tokenizer is not None
     text = "".join(load_python_topics().alphabet[i] for i in load_python_topics().test)
     tokens = np.array(loaded.tokenizer.encode(text), np.int32)
-    yield from decoding(options, loaded.params, loaded.config, tokens, (SHORT, LONG))
+    yield from decoding(options, loaded.params, loaded.config, tokens, CASES)
     yield from long_prompts(options, loaded.params, loaded.config, tokens)
 
 
@@ -39,11 +41,17 @@ def prompts(tokens: np.ndarray, batch: int, length: int) -> np.ndarray:
     return np.stack([tokens[start : start + length] for start in starts])
 
 
-def bandwidth() -> float:
-    """Bytes a second that all threads copy, of an array that no cache holds."""
-    array = jnp.ones(2**26)
-    timing = cost.time_in_turn({"copy": functools.partial(jax.jit(lambda x: x + 1), array)}, repeats=9)["copy"]
-    return 2 * array.nbytes / timing.median
+def bandwidth(repeats: int = 9) -> float:
+    """Bytes a second, read and written, of an array that no cache holds, in place: no page is touched first."""
+    array = jnp.ones(2**27)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    seconds = []
+    for _ in range(repeats):
+        array = jax.block_until_ready(add(array))
+        began = time.perf_counter()
+        array = jax.block_until_ready(add(array))
+        seconds.append(time.perf_counter() - began)
+    return float(2 * array.nbytes / np.median(seconds))
 
 
 def _bytes_a_token(params: Any, config: DecoderConfig, cached: int) -> int:
@@ -51,24 +59,36 @@ def _bytes_a_token(params: Any, config: DecoderConfig, cached: int) -> int:
     return cost.tree_bytes(params) + 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * cached
 
 
-def decode_seconds(
-    calls: dict[str, Callable[[int], Any]], new: int, repeats: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of decoding, and of prompt and first token: runs of ``new`` tokens and of one, in turn, taken apart."""
-    both = {(name, n): functools.partial(call, n) for name, call in calls.items() for n in (1, new)}
-    timings = cost.time_in_turn({f"{name} {n}": call for (name, n), call in both.items()}, repeats=repeats)
-    result = {}
-    for name in calls:
-        first, whole = (np.array(timings[f"{name} {n}"].seconds) for n in (1, new))
-        result[name] = ((whole - first).tolist(), first.tolist())
-    return result
+class Run(NamedTuple):
+    """Seconds of one generation."""
+
+    first: float  # prompt and first token
+    rest: float  # the tokens after it
+    tokens: np.ndarray  # [B, NEW]
 
 
-def ours(params: Any, config: DecoderConfig, batch: np.ndarray, **options: Any) -> Callable[[int], Any]:
-    """A call that generates so many tokens."""
+def in_turn(calls: dict[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
+    """Each call once to compile, then all in turn."""
+    for call in calls.values():
+        call()
+    runs: dict[str, list[Run]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            runs[name].append(call())
+    return runs
 
-    def call(new: int) -> Any:
-        return generate(params, batch, config, max_new_tokens=new, **options).tokens
+
+def ours(params: Any, config: DecoderConfig, batch: np.ndarray, **options: Any) -> Callable[[], Run]:
+    """A generation whose first token is told as it comes, the rest in one compiled call."""
+
+    def call() -> Run:
+        times = [time.perf_counter()]
+
+        def heard(tokens: np.ndarray, count: np.ndarray) -> None:
+            times.append(time.perf_counter())
+
+        out = generate(params, batch, config, max_new_tokens=NEW, callback=heard, every=NEW, **options)
+        return Run(times[1] - times[0], times[-1] - times[1], np.asarray(out.tokens))
 
     return call
 
@@ -101,19 +121,29 @@ def transformers_model(params: Any, config: DecoderConfig) -> Any:
     return model
 
 
-def theirs(model: Any, batch: np.ndarray) -> Callable[[int], Any]:
-    """The same call with transformers' greedy generation."""
+def theirs(model: Any, batch: np.ndarray) -> Callable[[], Run]:
+    """The same with transformers' greedy generation."""
     torch: Any = importlib.import_module("torch")
     ids = torch.from_numpy(np.asarray(batch)).long()
 
-    def call(new: int) -> np.ndarray:
+    def call() -> Run:
+        times = [time.perf_counter()]
+
+        def heard(input_ids: Any, scores: Any, **_: Any) -> Any:
+            times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, stopping_criteria=[heard]
             )
-        return np.asarray(out[:, ids.shape[1] :])
+        return Run(times[1] - times[0], times[-1] - times[1], np.asarray(out[:, ids.shape[1] :]))
 
     return call
+
+
+def _rests(runs: list[Run]) -> list[float]:
+    return [run.rest for run in runs]
 
 
 def _speed(name: str, top: list[float], bottom: list[float], goal: str, detail: str) -> Measurement:
@@ -121,45 +151,46 @@ def _speed(name: str, top: list[float], bottom: list[float], goal: str, detail: 
     return Measurement(name, ratio, stats.bootstrap_ratio(top, bottom), goal, detail)
 
 
+def _shown(runs: dict[str, list[Run]]) -> str:
+    """Tokens a second of each, and seconds to the first token."""
+    speed = ", ".join(f"{n} {len(r[0].tokens) * (NEW - 1) / np.median(_rests(r)):.1f}" for n, r in runs.items())
+    first = ", ".join(f"{n} {np.median([run.first for run in r]):.2f} s" for n, r in runs.items())
+    return f"tokens/s: {speed}; prompt and first token: {first}"
+
+
 def decoding(
-    options: BenchOptions, params: Any, config: DecoderConfig, tokens: np.ndarray, lengths: tuple[int, ...]
+    options: BenchOptions, params: Any, config: DecoderConfig, tokens: np.ndarray, cases: tuple[tuple[int, int], ...]
 ) -> Iterator[Measurement]:
-    """Tokens a second at batch 1 and 8, float32 and int8."""
+    """Tokens a second at several batches and lengths of prompts, float32 and int8."""
     forms = {"float32": prepare(params), "int8": prepare(params, "int8")}
     model = transformers_model(params, config)
     rate = bandwidth()
     repeats = max(3, options.repeats // 3)
-    for length in lengths:
-        alone: list[float] = []
-        for batch in (1, 8):
-            text = prompts(tokens, batch, length)
-            calls = {name: ours(form, config, text) for name, form in forms.items()}
-            if model is not None:
-                calls["transformers"] = theirs(model, text)
-            where = f"batch {batch}, prompt {length}"
-            if model is not None and length == lengths[0]:
-                same = np.mean(np.asarray(calls["float32"](NEW)) == calls["transformers"](NEW))
-                yield Measurement(f"greedy tokens equal to transformers', {where}", float(same), None, ">= 1")
-            seconds = decode_seconds(calls, NEW, repeats)
-            speed = {name: batch * (NEW - 1) / np.median(times) for name, (times, _) in seconds.items()}
-            shown = ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
-            first = ", ".join(f"{name} {np.median(times):.2f} s" for name, (_, times) in seconds.items())
+    alone: list[float] = []
+    for batch, length in cases:
+        text = prompts(tokens, batch, length)
+        calls = {name: ours(form, config, text) for name, form in forms.items()}
+        if model is not None:
+            calls["transformers"] = theirs(model, text)
+        where = f"batch {batch}, prompt {length}"
+        runs = in_turn(calls, repeats)
+        detail, mine = _shown(runs), _rests(runs["float32"])
+        if model is not None:
+            same = float(np.mean(runs["float32"][0].tokens == runs["transformers"][0].tokens))
+            yield Measurement(f"share of greedy tokens equal to transformers', {where}", same, None, ">= 1")
+            goal = ">= 1.3" if batch == 1 else ""
+            top = _rests(runs["transformers"])
+            yield _speed(f"transformers / ours, float32, {where}", top, mine, goal, detail)
+        if batch == 1:
+            alone = mine if length == cases[0][1] else alone
             limit = rate / _bytes_a_token(forms["float32"], config, length + NEW // 2)
-            detail = f"tokens/s: {shown}; prompt and first token: {first}"
-            mine = seconds["float32"][0]
-            if model is not None:
-                goal = ">= 1.3" if batch == 1 else ""
-                yield _speed(f"transformers / ours, float32, {where}", seconds["transformers"][0], mine, goal, detail)
-            if batch == 1:
-                alone = mine
-                name = f"ours float32 / bandwidth limit, tokens/s, {where}"
-                note = f"limit {limit:.1f} tokens/s at {rate / 1e9:.1f} GB/s; {detail}"
-                yield Measurement(name, float(speed["float32"] / limit), None, ">= 0.8", note)
-                yield _speed(f"float32 / int8, {where}", mine, seconds["int8"][0], ">= 2", detail)
-            else:
-                yield _speed(
-                    f"tokens/s of batch 8 / batch 1, prompt {length}", [8 * t for t in alone], mine, ">= 4", detail
-                )
+            name = f"ours float32 / bandwidth limit, tokens/s, {where}"
+            note = f"limit {limit:.1f} tokens/s at {rate / 1e9:.1f} GB/s copied; {detail}"
+            yield Measurement(name, float((NEW - 1) / np.median(mine) / limit), None, ">= 0.8", note)
+            yield _speed(f"float32 / int8, {where}", mine, _rests(runs["int8"]), ">= 2", detail)
+        else:
+            more = [batch * seconds for seconds in alone]
+            yield _speed(f"tokens/s of batch {batch} / batch 1, prompt {length}", more, mine, ">= 4", detail)
 
 
 def long_prompts(
@@ -171,12 +202,9 @@ def long_prompts(
     ways: dict[str, dict[str, Any]] = {
         "dense": {},
         "snapkv": {"snapkv": SnapKV(capacity=512)},
-        "block top-k": {"sparse": BlockTopK(num_blocks=28, num_local=48)},
+        "block top-k": {"sparse": BlockTopK(num_blocks=27, num_local=48)},
     }
-    calls = {name: ours(ready, config, text, **way) for name, way in ways.items()}
-    seconds = decode_seconds(calls, NEW, max(3, options.repeats // 5))
-    shown = ", ".join(f"{name} {(NEW - 1) / np.median(times):.1f}" for name, (times, _) in seconds.items())
-    first = ", ".join(f"{name} {np.median(times):.2f} s" for name, (_, times) in seconds.items())
-    detail = f"tokens/s: {shown}; prompt and first token: {first}"
+    runs = in_turn({name: ours(ready, config, text, **way) for name, way in ways.items()}, max(3, options.repeats // 5))
     for name, goal in (("snapkv", ">= 1.5"), ("block top-k", "")):
-        yield _speed(f"dense / {name} of 512, prompt {LONGER}", seconds["dense"][0], seconds[name][0], goal, detail)
+        title = f"dense / {name} of 512, prompt {LONGER}"
+        yield _speed(title, _rests(runs["dense"]), _rests(runs[name]), goal, _shown(runs))
