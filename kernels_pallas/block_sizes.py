@@ -13,10 +13,10 @@ a takes steps_a = ⌈size_a / b_a⌉ steps. TPU, with the grid in a given order,
     memory  = Σ buffers · padded block + accumulators + held       buffers: 2, or 1 where the block never changes
 
 ``held`` is what Mosaic was seen to do with products of less than 32 bits: it keeps the left operand in vector memory a
-second time, all of it where the product is wider than the matrix unit, about half of it otherwise. Over 36 of the
-candidates on v5e and v6e the estimate was 0.94 to 1.15 times what the compiler reports (float32: 0.97 to 1); blocks of
-a few hundred KiB can be further off. GPU: every program of the grid loads its own blocks, reductions are a loop inside,
-accumulators are registers:
+second time, all of it where the product is wider than the matrix unit, about half of it otherwise. The tests hold the
+estimate to within a quarter of what the compiler reports; blocks of a few hundred KiB can be further off.
+
+GPU: every program of the grid loads its own blocks, reductions are a loop inside, accumulators are registers:
 
     bytes   = Σ bytes of the array · Π steps of the parallel axes on which it does not depend        (no help from L2)
     memory  = Σ stages · block of inputs that change in the loop + Σ block of the other inputs

@@ -50,7 +50,7 @@ def test_runtime_dependencies_are_what_the_library_imports():
 
 def test_every_dependency_is_pinned_within_its_bounds():
     pinned = pins((REQUIREMENTS / "dev.txt").read_text())
-    for requirement in declared("experiments", "tests", "docs", "lint"):
+    for requirement in declared("experiments", "models", "tests", "docs", "lint"):
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 

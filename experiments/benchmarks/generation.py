@@ -1,5 +1,6 @@
 """SmolLM2-135M on this machine: decoding against the bandwidth limit and against transformers where it is installed."""
 
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from experiments.benchmarks import BenchOptions, Measurement
 from experiments.data.text import load_python_topics
 from experiments.runner import cost, stats
+from jaxaccel.compression import linear
 from jaxaccel.models.decoder_config import DecoderConfig
 from jaxaccel.models.generation import SnapKV, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
@@ -20,7 +22,8 @@ from jaxaccel.models.weights import load_pretrained
 MODEL = "smollm2-135m"
 CASES = ((1, 32), (8, 32), (1, 2048))
 """Batches and lengths of prompts."""
-LONGER = 4096
+LONGER, CAPACITY = 4096, 512
+"""A long prompt, and the tokens that are kept or read of it."""
 NEW = 48
 """Tokens that a run emits; the first comes from the prompt."""
 
@@ -33,6 +36,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     tokens = np.array(loaded.tokenizer.encode(text), np.int32)
     yield from decoding(options, loaded.params, loaded.config, tokens, CASES)
     yield from long_prompts(options, loaded.params, loaded.config, tokens)
+    yield from few_rows(options, loaded.params)
 
 
 def prompts(tokens: np.ndarray, batch: int, length: int) -> np.ndarray:
@@ -184,9 +188,9 @@ def decoding(
         if batch == 1:
             alone = mine if length == cases[0][1] else alone
             limit = rate / _bytes_a_token(forms["float32"], config, length + NEW // 2)
-            name = f"ours float32 / bandwidth limit, tokens/s, {where}"
+            name = f"bandwidth limit's time / ours, float32, {where}"
             note = f"limit {limit:.1f} tokens/s at {rate / 1e9:.1f} GB/s copied; {detail}"
-            yield Measurement(name, float((NEW - 1) / np.median(mine) / limit), None, ">= 0.8", note)
+            yield _speed(name, [(NEW - 1) / limit] * len(mine), mine, ">= 0.8", note)
             yield _speed(f"float32 / int8, {where}", mine, _rests(runs["int8"]), ">= 2", detail)
         else:
             more = [batch * seconds for seconds in alone]
@@ -201,10 +205,41 @@ def long_prompts(
     text = prompts(tokens, 1, LONGER)
     ways: dict[str, dict[str, Any]] = {
         "dense": {},
-        "snapkv": {"snapkv": SnapKV(capacity=512)},
-        "block top-k": {"sparse": BlockTopK(num_blocks=27, num_local=48)},
+        "snapkv": {"snapkv": SnapKV(capacity=CAPACITY)},
+        "block top-k": {"sparse": BlockTopK(num_blocks=CAPACITY // 16 - 5, num_local=48)},
     }
     runs = in_turn({name: ours(ready, config, text, **way) for name, way in ways.items()}, max(3, options.repeats // 5))
     for name, goal in (("snapkv", ">= 1.5"), ("block top-k", "")):
-        title = f"dense / {name} of 512, prompt {LONGER}"
+        title = f"dense / {name} of {CAPACITY}, prompt {LONGER}"
         yield _speed(title, _rests(runs["dense"]), _rests(runs[name]), goal, _shown(runs))
+
+
+def few_rows(options: BenchOptions, params: Any) -> Iterator[Measurement]:
+    """Eight rows through the feed-forward matrices of all layers, one after the other: `linear` against ``x @ W``."""
+    pairs = [(jnp.asarray(layer["up"]), jnp.asarray(layer["down"])) for layer in params["layers"]]
+    turned = [(up.T.copy(), down.T.copy()) for up, down in pairs]
+
+    def through(product: Callable[..., jax.Array]) -> Any:
+        def run(x: jax.Array, matrices: Any) -> jax.Array:
+            for up, down in matrices:
+                x = x + product(product(x, up), down)
+            return x
+
+        return jax.jit(run)
+
+    rows = {count: jnp.ones((count, pairs[0][0].shape[1])) for count in (1, 8)}
+    ours_, plain = through(linear), through(jnp.matmul)
+    calls: dict[str, Callable[[], Any]] = {
+        "ours 8": functools.partial(ours_, rows[8], pairs),
+        "plain 8": functools.partial(plain, rows[8], turned),
+        "ours 1": functools.partial(ours_, rows[1], pairs),
+    }
+    timings = cost.time_in_turn(calls, repeats=options.repeats)
+    for top, bottom, name in (
+        ("plain 8", "ours 8", "x @ W [in, out] / linear with W [out, in], 8 rows"),
+        ("ours 8", "ours 1", "linear, 8 rows / 1 row"),
+    ):
+        value, interval = cost.ratio(timings, top, bottom)
+        size = cost.tree_bytes(pairs) / 1e9
+        detail = f"{size / timings[bottom].median:.1f} GB/s of weights in the second"
+        yield Measurement(f"{name}, feed-forward matrices", value, interval, "", detail)

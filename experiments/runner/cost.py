@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from experiments.runner import stats
+from jaxaccel.forecasting import seconds_in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,23 +81,8 @@ def time_in_turn(
     Noise of a shared machine then falls on all of them alike. A call that is too short for the clock is repeated inside
     one measurement until it lasts about ``min_seconds``. Results are awaited with `jax.block_until_ready`.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    loops = {}
-    for name, call in contenders.items():
-        jax.block_until_ready(call())  # compiles
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        loops[name] = max(1, int(min_seconds / max(time.perf_counter() - start, 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            for _ in range(loops[name]):
-                result = call()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - start) / loops[name])
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    seconds = seconds_in_turn(contenders, repeats=repeats, min_seconds=min_seconds)
+    return {name: Timing(values) for name, values in seconds.items()}
 
 
 def ratio(timings: Mapping[str, Timing], top: str, bottom: str) -> tuple[float, tuple[float, float] | None]:

@@ -1,6 +1,7 @@
 """Decoding: text as one compiled loop, and more than one token from each forward pass."""
 
 from jaxaccel.decoding.generate import CachedModel, DraftHeads, GenerationState, Rules, Typical, advance, run, start
+from jaxaccel.decoding.heads_file import HeadsInfo, load_heads, save_heads
 from jaxaccel.decoding.medusa import (
     MedusaConfig,
     MedusaParams,
@@ -32,6 +33,7 @@ __all__ = [
     "CachedModel",
     "DraftHeads",
     "GenerationState",
+    "HeadsInfo",
     "MedusaConfig",
     "MedusaParams",
     "MedusaTargets",
@@ -45,6 +47,7 @@ __all__ = [
     "chain",
     "expected_length",
     "init_medusa_heads",
+    "load_heads",
     "make_tree",
     "medusa2_loss",
     "medusa_adam",
@@ -59,6 +62,7 @@ __all__ = [
     "run",
     "sample_nucleus",
     "sample_typical",
+    "save_heads",
     "start",
     "verify_greedy",
     "verify_greedy_ids",

@@ -27,7 +27,14 @@ from jaxaccel.forecasting.kinetics import (
     kv_cache_bytes,
     tokens_read,
 )
-from jaxaccel.forecasting.pareto import Student, StudentSearch, median_seconds, pareto_front, search_student_shapes
+from jaxaccel.forecasting.pareto import (
+    Student,
+    StudentSearch,
+    median_seconds,
+    pareto_front,
+    search_student_shapes,
+    seconds_in_turn,
+)
 
 __all__ = [
     "B200",
@@ -57,5 +64,6 @@ __all__ = [
     "pareto_front",
     "pass_at_k",
     "search_student_shapes",
+    "seconds_in_turn",
     "tokens_read",
 ]

@@ -81,10 +81,10 @@ def pareto_front(
     return front
 
 
-def median_seconds(
+def seconds_in_turn(
     contenders: Mapping[str, Callable[[], Any]], *, repeats: int = 9, min_seconds: float | int = 0.01
-) -> dict[str, float]:
-    """Median seconds of some functions, timed in turn: A B A B ..., so that noise falls on all of them alike.
+) -> dict[str, tuple[float, ...]]:
+    """Seconds a call of some functions, timed in turn: A B A B ..., so that noise falls on all of them alike.
 
     Each is called twice before (that compiles it, and says how often it must run to be long enough for the clock).
 
@@ -94,14 +94,14 @@ def median_seconds(
         min_seconds: how long one measurement should last.
 
     Returns:
-        Seconds per call.
+        All measurements, in order.
 
     Raises:
         ValueError: if ``repeats`` is below 1 or ``min_seconds`` negative.
 
-    >>> times = median_seconds({"square": lambda: jax.numpy.ones(8) ** 2}, repeats=1, min_seconds=0.0)
-    >>> times["square"] > 0
-    True
+    >>> times = seconds_in_turn({"square": lambda: jax.numpy.ones(8) ** 2}, repeats=2, min_seconds=0.0)
+    >>> len(times["square"])
+    2
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected at least 1")
@@ -123,7 +123,20 @@ def median_seconds(
     for _ in range(repeats):
         for name, call in contenders.items():
             seconds[name].append(measure(call, counts[name]))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: tuple(values) for name, values in seconds.items()}
+
+
+def median_seconds(
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: int = 9, min_seconds: float | int = 0.01
+) -> dict[str, float]:
+    """Median seconds a call of some functions: see `seconds_in_turn`.
+
+    >>> times = median_seconds({"square": lambda: jax.numpy.ones(8) ** 2}, repeats=1, min_seconds=0.0)
+    >>> times["square"] > 0
+    True
+    """
+    measured = seconds_in_turn(contenders, repeats=repeats, min_seconds=min_seconds)
+    return {name: statistics.median(values) for name, values in measured.items()}
 
 
 def search_student_shapes(

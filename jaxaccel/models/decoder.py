@@ -245,6 +245,11 @@ def decoder_logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array,
     return linear(hidden, params["head"] if "head" in params else params["embedding"])
 
 
+def default_sparse(config: DecoderConfig) -> BlockTopK | None:
+    """How a model of this configuration reads a cache where the caller does not say."""
+    return BlockTopK() if config.attention == "block_topk" else None
+
+
 def new_cache(
     config: DecoderConfig, batch: int, size: int, *, dtype: Any = jnp.float32, sparse: BlockTopK | None = None
 ) -> KVCache:
@@ -258,8 +263,7 @@ def new_cache(
     """
     if size > config.max_positions:
         raise ValueError(f"size is {size}, but the model has max_positions = {config.max_positions}")
-    if sparse is None and config.attention == "block_topk":
-        sparse = BlockTopK()
+    sparse = default_sparse(config) if sparse is None else sparse
     return empty_cache(
         config.num_layers, batch, size, config.num_kv_heads, config.head_dim,
         dtype=dtype, sparse=sparse, stacked=config.scan_layers,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxaccel.models.decoder import decoder_forward, decoder_logits
 from jaxaccel.models.decoder_config import DecoderConfig, Norm, RopeLayout
 from jaxaccel.models.weights.names import KvLayout, params_from_names
+from jaxaccel.posttraining import sft_loss
 
 ROPES: tuple[RopeLayout, ...] = ("half", "interleaved")
 FRACTIONS = (1.0, 0.5)
@@ -48,9 +49,8 @@ class Layout(NamedTuple):
 @functools.partial(jax.jit, static_argnames="config")
 def next_token_loss(params: Any, tokens: Int[Array, "B T"], config: DecoderConfig) -> Float[Array, ""]:
     """Mean cross-entropy of each token after the ones before it, in nats."""
-    logits = decoder_logits(params, decoder_forward(params, tokens[:, :-1], config).hidden).astype(jnp.float32)
-    right = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, -1) - right)
+    logits = decoder_logits(params, decoder_forward(params, tokens, config).hidden)
+    return sft_loss(logits, tokens, jnp.ones(tokens.shape, bool))
 
 
 def detect_layout(

@@ -23,7 +23,7 @@ from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, Rules, Ty
 from jaxaccel.decoding.medusa import MedusaParams
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.decoding.tree import TreeBuffers
-from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, unstack_layers
+from jaxaccel.models.decoder import decoder_forward, decoder_logits, default_sparse, fuse, is_stacked, unstack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
 
@@ -149,8 +149,7 @@ def prefill(
         keys, values, counts = zip(*parts, strict=True)
         new, kept, heads = NewTokens(keys, values), counts[0], keys[0].shape[1]
     size = jax.tree.leaves(new)[0].shape[-2] + room
-    if sparse is None and config.attention == "block_topk":
-        sparse = BlockTopK()
+    sparse = default_sparse(config) if sparse is None else sparse
     if sparse is not None and sparse.budget >= size:
         sparse = None
     cache = empty_cache(

@@ -204,7 +204,11 @@ def _kernel_backward(
 ) -> tuple[Array | None, ...]:
     """Decoding is rarely differentiated: the gradient is that of the XLA formulation at the same blocks."""
     query, key, value, blocks, length, scale = arrays
-    _, pull = jax.vjp(lambda q, k, v, s: xla.attend(q, k, v, blocks, length, plan, s, layout), query, key, value, scale)
+
+    def attend(q: Array, k: Array, v: Array | None, s: Array) -> Array:
+        return xla.attend(q, k, v, blocks, length, plan, s, layout)[0]
+
+    _, pull = jax.vjp(attend, query, key, value, scale)
     dq, dk, dv, dscale = pull(grad)
     return dq, dk, dv, None, None, dscale
 
@@ -239,7 +243,7 @@ def _attend(
     selecting = jax.lax.stop_gradient(factor) * centroid_scale
     blocks = choose(query, centroids, length, plan, selecting)
     if name == "xla":
-        return xla.attend(query, key, value, blocks, length, plan, factor, layout)
+        return xla.attend(query, key, value, blocks, length, plan, factor, layout)[0]
     return _kernel(str(name), plan, layout, interpret, query, key, value, blocks, length, factor)
 
 
@@ -393,7 +397,7 @@ def block_topk_partial(
     groups = cache.centroid_sum.shape[1]
     split = query.reshape(batch, count, groups, heads // groups, size).swapaxes(1, 2)
     joined = split.reshape(batch, 1, count * heads, size)
-    out, lse = xla.attend_part(joined, cache.k, cache.v, blocks, lengths, plan, factor, cache.layout)
+    out, lse = xla.attend(joined, cache.k, cache.v, blocks, lengths, plan, factor, cache.layout)
 
     def apart(rows: Array) -> Array:
         split = rows.reshape(batch, groups, count, heads // groups, *rows.shape[3:]).swapaxes(1, 2)

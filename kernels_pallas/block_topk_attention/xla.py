@@ -34,22 +34,11 @@ def attend(
     plan: Plan,
     scale: ArrayLike,
     layout: Layout,
-) -> Float[Array, "B 1 N V"]:
-    """Softmax attention to the chosen blocks, the tail and the sink."""
-    return attend_part(query, key, value, blocks, length, plan, scale, layout)[0]
-
-
-def attend_part(
-    query: Float[Array, "B 1 N H"],
-    key: Float[Array, "B _ _ _"],
-    value: Float[Array, "B _ _ V"] | None,
-    blocks: Int[Array, "B K k"],
-    length: Int[Array, "B"],
-    plan: Plan,
-    scale: ArrayLike,
-    layout: Layout,
 ) -> tuple[Float[Array, "B 1 N V"], Float[Array, "B 1 N"]]:
-    """The same, and the logarithm of each head's sum of weights, with which parts of a cache are merged."""
+    """Softmax attention to the chosen blocks, the tail and the sink.
+
+    Also returns the logarithm of each head's sum of weights, with which parts of a softmax are merged.
+    """
     batch, _, heads, width = query.shape
     groups = blocks.shape[1]
     dtype = accumulator(query.dtype)

@@ -1,12 +1,15 @@
 """Every benchmark in its smallest form: it runs, and its goals are read rightly. Speeds are not asserted here."""
 
 import json
+import types
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import benchmarks
-from experiments.benchmarks import BenchOptions, Measurement, attention, discovery, optimizers, runner
+from experiments.benchmarks import BenchOptions, Measurement, attention, discovery, generation, optimizers, runner
+from jaxaccel.models import DecoderConfig, init_params
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,20 @@ def small(monkeypatch, task):
         monkeypatch.setattr(attention, name, value)
     for name, value in {"CACHES": (2048, 4096), "COLD_BYTES": 2**20}.items():
         monkeypatch.setattr(attention, name, value)
+    for name, value in {"CASES": ((1, 8), (2, 8)), "LONGER": 160, "CAPACITY": 96, "NEW": 4}.items():
+        monkeypatch.setattr(generation, name, value)
+    monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
+    monkeypatch.setattr(generation, "load_pretrained", tiny_model)
+
+
+def tiny_model(name):
+    """What `load_pretrained` gives, of a random model that reads letters."""
+    assert name == "smollm2-135m"
+    config = DecoderConfig.tiny(num_layers=1, tie_embeddings=True, max_positions=256)
+    params = jax.tree.map(np.asarray, init_params(jax.random.key(0), config))
+    letters = types.SimpleNamespace(encode=lambda text: [ord(letter) % 61 for letter in text[:400]])
+    return types.SimpleNamespace(params=params, config=config, tokenizer=letters)
 
 
 @pytest.mark.parametrize("name", benchmarks.MODULES)

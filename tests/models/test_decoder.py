@@ -153,10 +153,8 @@ def test_cached_steps_equal_the_full_pass(params, changes):
 
     hidden, length = run(TOKENS)
     assert length.tolist() == [10, 14]
-    # Solves of local linear attention stop at a relative residual of 1e-6.
-    tolerance = 2e-3 if config.attention == "local_linear" else 2e-5
     for row, first in enumerate((4, 8)):
-        np.testing.assert_allclose(hidden[row], wanted[row, first : first + 6], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(hidden[row], wanted[row, first : first + 6], **CLOSE)
 
 
 def test_block_topk_that_reads_everything_equals_dense(params):

@@ -155,20 +155,40 @@ def test_snapkv_with_room_for_all_changes_nothing(ready, plain):
         np.testing.assert_array_equal(out.tokens, plain)
 
 
-def test_all_together(ready, drafts):
-    """Compressed prompts, blocks, drafts and int8: runs, and drafts change nothing for a dense compressed cache."""
+def test_drafts_change_nothing_after_a_compressed_prompt(ready, drafts):
     snap = SnapKV(capacity=16, window=8, kernel_size=3)
     alone = generate(ready, PROMPTS, TINY, max_new_tokens=NEW, snapkv=snap)
     both = generate(ready, PROMPTS, TINY, max_new_tokens=NEW, snapkv=snap, drafts=drafts)
     np.testing.assert_array_equal(alone.tokens, both.tokens)
+
+
+def test_all_together_with_room_for_all_is_plain_text(ready, plain, drafts):
+    """A compressed prompt that keeps all, blocks that cover the cache, heads that share the matrix: nothing changes."""
+    snap = SnapKV(capacity=34, window=8)
+    sparse = BlockTopK(num_blocks=11, block_size=4, num_sink=4, num_local=8)  # 60 of 64 slots, of which 45 are used
+    shared = Drafts(drafts.heads._replace(vocab=None), drafts.tree)
+    together = {"snapkv": snap, "sparse": sparse, "drafts": shared}
+    assert sparse.budget < 34 + NEW + 3 + 16  # else the cache would be a dense one
+    out = generate(ready, PROMPTS, TINY, max_new_tokens=NEW + 16, **together)
+    np.testing.assert_array_equal(out.tokens[:, :NEW], plain)
+    small = prepare(ready, "int8")
+    alone = generate(small, PROMPTS, TINY, max_new_tokens=NEW + 16)
+    out = generate(small, PROMPTS, TINY, max_new_tokens=NEW + 16, **together)
+    np.testing.assert_array_equal(out.tokens[:, :NEW], alone.tokens[:, :NEW])
+
+
+def test_all_together_with_little_room(ready, plain, drafts):
     sparse = BlockTopK(num_blocks=2, block_size=4, num_sink=4, num_local=4)
-    for weights in ("int8", "bfloat16"):
-        shared = Drafts(drafts.heads._replace(vocab=None), drafts.tree)  # heads that share the model's matrix
-        out = generate(
-            prepare(ready, weights), PROMPTS, TINY, max_new_tokens=NEW, snapkv=snap, sparse=sparse, drafts=shared
-        )
-        assert out.count.tolist() == [NEW] * 4
-        assert (np.asarray(out.tokens) < 61).all()
+    snap = SnapKV(capacity=16, window=8, kernel_size=3)
+    shared = Drafts(drafts.heads._replace(vocab=None), drafts.tree)
+    together = {"snapkv": snap, "sparse": sparse, "drafts": shared}
+    out = generate(prepare(ready, "bfloat16"), PROMPTS, TINY, max_new_tokens=NEW, **together)
+    assert out.count.tolist() == [NEW] * 4
+    assert int(out.histogram.sum()) <= 4 * int(out.steps)
+    # Much is forgotten, so that the text of the longest prompt is another; the prompt of one token is never compressed.
+    out = generate(ready, PROMPTS, TINY, max_new_tokens=NEW, **together)
+    assert (np.asarray(out.tokens[3]) != plain[3]).any()
+    np.testing.assert_array_equal(out.tokens[2], plain[2])
 
 
 def test_sampling_is_repeatable_and_its_filters_hold(ready):
