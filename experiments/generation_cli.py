@@ -25,7 +25,7 @@ from experiments.runner.cli import FAILED, OK, UsageError
 from jaxaccel.decoding.heads_file import HeadsInfo, load_heads
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, SnapKV, generate, prepare
+from jaxaccel.models.generation import Drafts, SnapKV, check_drafts, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.weights import Pretrained, StreamDecoder, Tokenizer, WeightsError, load_pretrained
 from jaxaccel.models.weights.known import known_model
@@ -222,19 +222,11 @@ def _check_fit(model: Pretrained, prompt: Sequence[int], options: GenerateOption
         )
     if options.top_k is not None and options.top_k > config.vocab_size:
         raise UsageError(f"--top-k is {options.top_k}, but {options.model} has {config.vocab_size} tokens")
-    if drafts is None:
-        return
-    heads, ids = drafts.heads, drafts.token_ids
-    width, words = heads.weight.shape[-1], config.vocab_size
-    if ids is not None:  # they know a part of the vocabulary, and not how large it is
-        words = max(words, int(ids.max()) + 1)
-    elif heads.vocab is not None:
-        words = heads.vocab.shape[1]
-    if (width, words) != (config.hidden_size, config.vocab_size):
-        raise UsageError(
-            f"{options.medusa}: heads of another model, of width {width} with {words} tokens; {options.model} "
-            f"has width {config.hidden_size} and {config.vocab_size} tokens"
-        )
+    if drafts is not None:
+        try:
+            check_drafts(drafts, config)
+        except ValueError as error:
+            raise UsageError(f"{options.medusa}: {error}") from error
 
 
 def _notes(options: GenerateOptions, prompt: int, info: HeadsInfo | None) -> Iterator[str]:

@@ -62,6 +62,20 @@ class Drafts:
     own have one row for each of these."""
 
 
+def check_drafts(drafts: Drafts, config: DecoderConfig) -> None:
+    """Raise a `ValueError` if heads belong to another model than that of ``config``."""
+    width, words = drafts.heads.weight.shape[-1], config.vocab_size
+    if drafts.token_ids is not None:  # they know a part of the vocabulary, and not how large it is
+        words = max(words, int(np.max(drafts.token_ids)) + 1)
+    elif drafts.heads.vocab is not None:
+        words = drafts.heads.vocab.shape[1]
+    if (width, words) != (config.hidden_size, config.vocab_size):
+        raise ValueError(
+            f"heads of another model, of width {width} with {words} tokens; this one has width {config.hidden_size} "
+            f"and {config.vocab_size} tokens"
+        )
+
+
 class Generation(NamedTuple):
     """What `generate` returns."""
 
@@ -290,6 +304,8 @@ def generate(
         tokens, count = pad_prompts(prompts, multiple=min(PROMPT_STEP, config.max_positions))
         tokens = tokens[:, : max(config.max_positions, int(count.max()))]
     _check_prompts(tokens, count, config, max_new_tokens)
+    if drafts is not None:
+        check_drafts(drafts, config)
     rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, PLAIN if drafts is None else drafts.tree, typical)
     dtype = jnp.dtype(cache_dtype or config.dtype or _float_dtype(params))
     state = _begin(

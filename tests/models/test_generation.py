@@ -261,8 +261,14 @@ def test_bad_rules(ready, drafts):
         with pytest.raises(ValueError, match=message):
             kind(**values)
     foreign = Drafts(init_medusa_heads(jax.random.key(0), 48, 61), drafts.tree)
-    with pytest.raises(ValueError, match="width 48, but this one has 32: they belong to another model"):
+    with pytest.raises(ValueError, match="another model, of width 48 with 61 tokens; this one has width 32 and 61"):
         generate(ready, [[1]], TINY, drafts=foreign)
+    for other in (
+        Drafts(init_medusa_heads(jax.random.key(0), 32, 70), drafts.tree),
+        Drafts(drafts.heads._replace(vocab=None), drafts.tree, jnp.array([3, 69])),
+    ):
+        with pytest.raises(ValueError, match="of width 32 with 70 tokens"):
+            generate(ready, [[1]], TINY, drafts=other)
     with pytest.raises(ValueError, match="guesses 3 tokens ahead, but there are only 2 heads"):
         generate(ready, [[1]], TINY, drafts=Drafts(drafts.heads, chain(3)))
     with pytest.raises(ValueError, match="needs a temperature above 0"):
