@@ -25,8 +25,9 @@ from experiments.runner.cli import FAILED, OK, UsageError
 from jaxaccel.decoding.heads_file import HeadsInfo, load_heads
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, SnapKV, check_drafts, generate, prepare
+from jaxaccel.models.generation import Drafts, check_drafts, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
+from jaxaccel.models.prompts import SnapKV
 from jaxaccel.models.weights import Pretrained, StreamDecoder, Tokenizer, WeightsError, load_pretrained
 from jaxaccel.models.weights.known import known_model
 

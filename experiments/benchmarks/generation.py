@@ -15,8 +15,9 @@ from experiments.data.text import load_python_topics
 from experiments.runner import cost, stats
 from jaxaccel.compression import linear
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import SnapKV, generate, prepare
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
+from jaxaccel.models.prompts import SnapKV
 from jaxaccel.models.weights import load_pretrained
 
 MODEL = "smollm2-135m"

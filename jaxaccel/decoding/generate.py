@@ -226,7 +226,8 @@ def step(
         hidden = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
     else:
         emitted, hidden = result.next_token[:, None], hidden[:, 0]
-        cache = model.append(state.cache, new, None, None)
+        # Always 1, but known only once the token is: by then the cache has been read, and can be written in place.
+        cache = model.append(state.cache, new, None, jnp.where(result.next_token >= 0, 1, 0))
     histogram = state.histogram.at[result.accepted].add(jnp.where(state.done, 0, 1))
     state = _record(state, emitted, result.accepted + 1, rules)
     return state._replace(

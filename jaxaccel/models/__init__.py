@@ -13,8 +13,9 @@ from jaxaccel.models.decoder import (
     unstack_layers,
 )
 from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
-from jaxaccel.models.generation import Drafts, Generation, SnapKV, generate, pad_prompts, prefill, prepare
+from jaxaccel.models.generation import Drafts, Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
+from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 from jaxaccel.models.transformer import CharLM, TransformerBlock, VisionTransformer
 from jaxaccel.models.weights import load_pretrained
 

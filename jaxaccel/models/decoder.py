@@ -136,7 +136,7 @@ def _mlp(layer: Layer, x: Array) -> Array:
     return linear(jax.nn.silu(gate) * up, layer["down"])
 
 
-class _Context(NamedTuple):
+class Context(NamedTuple):
     """What all layers of a pass share."""
 
     angles: Any  # (cos, sin) at the tokens' positions
@@ -146,8 +146,31 @@ class _Context(NamedTuple):
     sparse: Any  # BlockTopK or None
 
 
-def _block(layer: Layer, x: Array, cached: Any, context: _Context, config: DecoderConfig) -> tuple[Array, Any]:
-    """One block; also returns the new keys and values, and queries if they are asked for."""
+def prompt_context(x: Float[Array, "B T D"], config: DecoderConfig, query_rows: Any = None) -> Context:
+    """The context of a prompt: positions from 0 on, no cache."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return Context(rotary_angles(positions, config), None, None, query_rows, None)
+
+
+def embed(params: Params, tokens: Int[Array, "B n"], config: DecoderConfig) -> Float[Array, "B n D"]:
+    """What the first block takes."""
+    x = take_rows(params["embedding"], tokens)
+    return x.astype(config.dtype) if config.dtype is not None else x
+
+
+def block(layer: Layer, x: Array, cached: Any, context: Context, config: DecoderConfig) -> tuple[Array, Any]:
+    """One block; also returns the new keys and values, and queries if they are asked for.
+
+    Args:
+        layer: parameters.
+        x: residual stream [B, n, D].
+        cached: a layer of a `KVCache`, or ``None`` for a prompt.
+        context: shared by all layers.
+        config: of the model.
+
+    Returns:
+        The stream after it; keys and values [B, K, n, H], and queries [B, W, N, H] or ().
+    """
     pre = config.norm == "pre"
     q, k, v = _qkv(layer, rms_norm(x, layer["attention_norm"], config.norm_eps) if pre else x, config)
     q, k = (rotate(part, context.angles, config.rope_layout) for part in (q, k))
@@ -214,26 +237,24 @@ def decoder_forward(
     if positions is None:
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(count)
-    context = _Context(
+    context = Context(
         rotary_angles(jnp.broadcast_to(positions, (batch, count)), config),
         mask,
         None if cache is None else cache.length,
         query_rows,
         None if cache is None else cache.sparse,
     )
-    x = take_rows(params["embedding"], tokens)
-    x = x.astype(config.dtype) if config.dtype is not None else x
-    layers = params["layers"]
+    x, layers = embed(params, tokens, config), params["layers"]
     if isinstance(layers, dict) and "attention_norm" in layers:
 
         def scanned(x: Array, xs: tuple[Layer, Any]) -> tuple[Array, Any]:
-            return _block(xs[0], x, xs[1], context, config)
+            return block(xs[0], x, xs[1], context, config)
 
         x, (keys, values, queries) = jax.lax.scan(scanned, x, (layers, None if cache is None else cache.layers))
     else:
         outputs = []
         for i in range(config.num_layers):
-            x, output = _block(layers[i], x, None if cache is None else cache.layers[i], context, config)
+            x, output = block(layers[i], x, None if cache is None else cache.layers[i], context, config)
             outputs.append(output)
         keys, values, queries = zip(*outputs, strict=True)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)

@@ -22,8 +22,11 @@ from jaxaccel.attention import append as append_block
 from jaxaccel.models.decoder_config import DecoderConfig
 from jaxaccel.models.kv_cache import BlockTopK
 
-QUERY_BLOCK = 512
-"""On CPU, prompts attend by so many queries at a time: scores of a long prompt need not be held at once."""
+TILE = 256
+"""On CPU, long prompts attend by tiles of so many queries and keys: all of [T, T] is never held."""
+FEW = 8
+"""On CPU, up to so many query heads that share a key head each make a product of their own. XLA has a fast product of a
+matrix and a vector, and none of a matrix and a few vectors."""
 
 
 def grouped(queries: Float[Array, "B n N H"], heads: int) -> Float[Array, "B K m H"]:
@@ -40,13 +43,26 @@ def ungrouped(rows: Float[Array, "B K m H"], count: int) -> Float[Array, "B n N 
     return split.transpose(0, 2, 1, 3, 4).reshape(batch, count, -1, size)
 
 
+def _one_by_one(rows: int) -> bool:
+    return rows <= FEW and jax.default_backend() == "cpu"
+
+
 def _scores(queries: Array, keys: Array) -> Array:
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
-    return jnp.einsum("bkmh,bksh->bkms", queries, keys, preferred_element_type=dtype) * queries.shape[-1] ** -0.5
+    scale = queries.shape[-1] ** -0.5
+    if _one_by_one(queries.shape[2]):
+        rows = [queries[:, :, i] for i in range(queries.shape[2])]
+        products = [jnp.einsum("bkh,bksh->bks", row, keys, preferred_element_type=dtype) for row in rows]
+        return jnp.stack(products, 2) * scale
+    return jnp.einsum("bkmh,bksh->bkms", queries, keys, preferred_element_type=dtype) * scale
 
 
 def _weighted(weights: Array, values: Array) -> Array:
-    return jnp.einsum("bkms,bksh->bkmh", weights.astype(values.dtype), values, preferred_element_type=weights.dtype)
+    dtype, weights = weights.dtype, weights.astype(values.dtype)
+    if _one_by_one(weights.shape[2]):
+        rows = [weights[:, :, i] for i in range(weights.shape[2])]
+        return jnp.stack([jnp.einsum("bks,bksh->bkh", row, values, preferred_element_type=dtype) for row in rows], 2)
+    return jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=dtype)
 
 
 def _own_part(
@@ -157,18 +173,42 @@ def attend_new(
         out = local_linear_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), ridge=config.attention_ridge)
         assert isinstance(out, jax.Array)
         return out
-    length = queries.shape[1]
-    if length <= QUERY_BLOCK or jax.default_backend() != "cpu":
+    if queries.shape[1] <= 2 * TILE or jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), is_causal=True)
-    # Blocks of queries see the keys up to their own end only: half of the work, and no [T, T] scores.
-    parts = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        rows = grouped(queries[:, start:end], keys.shape[1])
-        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        scores = jnp.where(
-            jnp.repeat(mask, rows.shape[2] // (end - start), 0), _scores(rows, keys[:, :, :end]), -jnp.inf
-        )
-        weights = jax.nn.softmax(scores, -1)
-        parts.append(ungrouped(_weighted(weights, values[:, :, :end]), end - start))
-    return jnp.concatenate(parts, 1).astype(queries.dtype)
+    return tiled_causal(queries, keys, values)
+
+
+def tiled_causal(
+    queries: Float[Array, "B T N H"], keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"]
+) -> Float[Array, "B T N H"]:
+    """Causal softmax attention by tiles, with a running maximum and sum; tiles above the diagonal are never computed.
+
+    One scan over the pairs of tiles that are needed, which is compiled once whatever the length. Gradients compute a
+    tile's scores again. For CPU: elsewhere `jax.nn.dot_product_attention` is as sparing.
+    """
+    length, heads = queries.shape[1], keys.shape[1]
+    blocks = -(-length // TILE)
+    padding = ((0, 0), (0, blocks * TILE - length))
+    rows = grouped(jnp.pad(queries, (*padding, (0, 0), (0, 0))), heads)
+    keys, values = (jnp.pad(part, (padding[0], (0, 0), padding[1], (0, 0))) for part in (keys, values))
+    count = rows.shape[2] // blocks  # rows of a tile: its queries in all heads of a group
+    token = jnp.arange(count) // (count // TILE)
+    later = jnp.arange(TILE) > token[:, None]
+    pairs = jnp.array([(i, j) for i in range(blocks) for j in range(i + 1)], jnp.int32)
+
+    def tile(carry: Any, pair: Array) -> tuple[Any, None]:
+        i, j = pair
+        old = tuple(jax.lax.dynamic_slice_in_dim(part, i * count, count, 2) for part in carry)
+        k, v = (jax.lax.dynamic_slice_in_dim(part, j * TILE, TILE, 2) for part in (keys, values))
+        scores = _scores(jax.lax.dynamic_slice_in_dim(rows, i * count, count, 2), k)
+        scores = jnp.where((i == j) & later, -jnp.inf, scores)
+        top = jnp.maximum(old[1], scores.max(-1, keepdims=True))
+        weights, fade = jnp.exp(scores - top), jnp.exp(old[1] - top)
+        new = (old[0] * fade + _weighted(weights, v), top, old[2] * fade + weights.sum(-1, keepdims=True))
+        stored = (jax.lax.dynamic_update_slice_in_dim(a, b, i * count, 2) for a, b in zip(carry, new, strict=True))
+        return tuple(stored), None
+
+    zeros = jnp.zeros(rows.shape, jnp.promote_types(rows.dtype, jnp.float32))
+    first = (zeros, zeros[..., :1] - jnp.inf, zeros[..., :1])
+    (out, _, total), _ = jax.lax.scan(jax.checkpoint(tile), first, pairs)
+    return ungrouped(out / total, blocks * TILE)[:, :length].astype(queries.dtype)

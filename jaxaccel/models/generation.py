@@ -15,40 +15,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
-from jaxaccel.caching.snapkv import compress, snapkv_select
 from jaxaccel.compression import quantize_weights, take_rows
-from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, Rules, Typical, run, start
+from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, GenerationState, Rules, Typical, run, start
 from jaxaccel.decoding.medusa import MedusaParams
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.decoding.tree import TreeBuffers
-from jaxaccel.models.decoder import decoder_forward, decoder_logits, default_sparse, fuse, is_stacked, unstack_layers
+from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, unstack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
-
-PROMPT_STEP = 32
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SnapKV:
-    """How a prompt is compressed: see `jaxaccel.caching.snapkv_select`."""
-
-    capacity: int = 1024
-    """Tokens that remain of a prompt in each layer and head; shorter prompts stay whole."""
-    window: int = 32
-    """Latest tokens, which vote and always remain."""
-    kernel_size: int = 5
-    pooling: Literal["avg", "max"] = "avg"
-    aggregate: Literal["mean", "none"] = "mean"
-    """``"mean"``: a group's heads keep the same tokens; ``"none"``: each its own, which takes N/K times the memory."""
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.capacity <= self.window:
-            raise ValueError(f"capacity is {self.capacity}, expected more than window = {self.window}, at least 1")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd number")
+from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append
+from jaxaccel.models.prompts import PROMPT_STEP, SnapKV, pad_prompts, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,117 +88,17 @@ def cached_model(config: DecoderConfig) -> CachedModel:
     return CachedModel(forward, decoder_logits, store)
 
 
-def _compressed(layer: int, new: NewTokens, queries: Any, length: Array, snap: SnapKV) -> tuple[Array, Array, Array]:
-    """One layer's remaining keys and values [B, K, capacity, H], and how many count."""
-    keys, values = new.keys[layer], new.values[layer]
-    selection = snapkv_select(
-        queries[layer], keys.swapaxes(1, 2), capacity=snap.capacity, window=snap.window,
-        kernel_size=snap.kernel_size, pooling=snap.pooling, aggregate=snap.aggregate, length=length,
-    )  # fmt: skip
-    return compress(keys, selection, axis=2), compress(values, selection, axis=2), selection.kept
-
-
-def prefill(
-    params: Any,
-    tokens: Int[Array, "B T"],
-    length: Int[Array, "B"],
-    config: DecoderConfig,
-    *,
-    room: int,
-    cache_dtype: Any = jnp.float32,
-    snapkv: SnapKV | None = None,
-    sparse: BlockTopK | None = None,
-) -> tuple[Float[Array, "B V"], Float[Array, "B D"], KVCache]:
-    """Pass prompts through the model and fill a cache.
-
-    Args:
-        params: of the decoder.
-        tokens: prompts, padded on the right.
-        length: real tokens of each, at least 1.
-        config: of the model.
-        room: slots for tokens to come.
-        cache_dtype: of keys and values.
-        snapkv: keep a part of each prompt. Positions go on from its true length.
-        sparse: read the cache by blocks; where the budget is not less than the cache, it is dense.
-
-    Returns:
-        Logits and hidden states after each prompt's last token, and the cache.
-    """
-    batch, total = tokens.shape
-    shrinks = snapkv is not None and total > snapkv.capacity
-    if shrinks and config.scan_layers:
-        raise ValueError("snapkv needs layers apart: unstack them, with prepare")
-    rows = None
-    if shrinks:
-        assert snapkv is not None
-        rows = jnp.maximum(length[:, None] - snapkv.window, 0) + jnp.arange(snapkv.window)
-    result = decoder_forward(params, tokens, config, query_rows=rows)
-    new, kept, heads = result.new, length, config.num_kv_heads
-    if shrinks:
-        assert snapkv is not None
-        parts = [_compressed(i, new, result.queries, length, snapkv) for i in range(config.num_layers)]
-        keys, values, counts = zip(*parts, strict=True)
-        new, kept, heads = NewTokens(keys, values), counts[0], keys[0].shape[1]
-    size = jax.tree.leaves(new)[0].shape[-2] + room
-    sparse = default_sparse(config) if sparse is None else sparse
-    if sparse is not None and sparse.budget >= size:
-        sparse = None
-    cache = empty_cache(
-        config.num_layers, batch, size, heads, config.head_dim,
-        dtype=cache_dtype, sparse=sparse, stacked=config.scan_layers,
-    )  # fmt: skip
-    cache = append(cache, new, count=kept)
-    cache = dataclasses.replace(cache, position=length)
-    last = jnp.take_along_axis(result.hidden, (length - 1)[:, None, None], 1)[:, 0]
-    return decoder_logits(params, last), last, cache
-
-
-@functools.partial(jax.jit, static_argnames=("config", "rules", "max_new_tokens", "cache_dtype", "snapkv", "sparse"))
-def _begin(
-    params: Any,
-    tokens: Array,
-    length: Array,
-    key: Any,
-    *,
-    config: DecoderConfig,
-    rules: Rules,
-    max_new_tokens: int,
-    cache_dtype: Any,
-    snapkv: SnapKV | None,
-    sparse: BlockTopK | None,
-) -> Any:
-    room = max_new_tokens + rules.tree.max_depth + 1
-    logits, hidden, cache = prefill(
-        params, tokens, length, config, room=room, cache_dtype=cache_dtype, snapkv=snapkv, sparse=sparse
-    )
+@functools.partial(jax.jit, static_argnames=("rules", "max_new_tokens"))
+def _start(
+    logits: Array, hidden: Array, tokens: Array, length: Array, key: Any, *, rules: Rules, max_new_tokens: int
+) -> GenerationState:
+    """The state after the prompts, without their cache."""
     seen = None
     if rules.sampling.repetition_penalty != 1:
         vocab = logits.shape[-1]
         real = jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, vocab)
         seen = jnp.zeros((len(tokens), vocab), bool).at[jnp.arange(len(tokens))[:, None], real].set(True, mode="drop")
-    return start(logits, hidden, cache, rules=rules, max_new_tokens=max_new_tokens, key=key, seen=seen)
-
-
-def pad_prompts(prompts: Sequence[Sequence[int]], *, multiple: int = PROMPT_STEP) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as one array [B, T], padded on the right with 0, and their lengths [B].
-
-    Raises:
-        ValueError: for no prompts, or an empty one.
-
-    >>> tokens, length = pad_prompts([[5, 6, 7], [8]], multiple=4)
-    >>> tokens.tolist(), length.tolist()
-    ([[5, 6, 7, 0], [8, 0, 0, 0]], [3, 1])
-    """
-    if not prompts:
-        raise ValueError("there are no prompts")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {number} is empty, expected at least one token")
-    length = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), -(-int(length.max()) // multiple) * multiple), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, length
+    return start(logits, hidden, None, rules=rules, max_new_tokens=max_new_tokens, key=key, seen=seen)
 
 
 def _check_prompts(tokens: np.ndarray, length: np.ndarray, config: DecoderConfig, new: int) -> None:
@@ -308,10 +185,13 @@ def generate(
         check_drafts(drafts, config)
     rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, PLAIN if drafts is None else drafts.tree, typical)
     dtype = jnp.dtype(cache_dtype or config.dtype or _float_dtype(params))
-    state = _begin(
-        params, jnp.asarray(tokens), jnp.asarray(count), key, config=config, rules=rules,
-        max_new_tokens=max_new_tokens, cache_dtype=dtype, snapkv=snapkv, sparse=sparse,
-    )  # fmt: skip
+    tokens, count = jnp.asarray(tokens), jnp.asarray(count)
+    room = max_new_tokens + rules.tree.max_depth + 1
+    logits, hidden, cache = prefill(
+        params, tokens, count, config, room=room, cache_dtype=dtype, snapkv=snapkv, sparse=sparse
+    )
+    state = _start(logits, hidden, tokens, count, key, rules=rules, max_new_tokens=max_new_tokens)
+    state = state._replace(cache=cache)
     heads = None if drafts is None else _draft_heads(params, drafts)
     state = run(params, state, model=cached_model(config), rules=rules, heads=heads, callback=callback, every=every)
     return Generation(state.tokens, state.count, state.steps, state.histogram)

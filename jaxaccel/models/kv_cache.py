@@ -115,16 +115,22 @@ def empty_cache(
     return KVCache(tuple(layer(i) for i in range(num_layers)), zero, zero, sparse)
 
 
+SLICES = 32
+"""On CPU, up to so many sequences each write their new token as a slice."""
+
+
 def _store(rows: Array, new: Array, start: Int[Array, "B"]) -> Array:
     """Write ``new [B, K, m, H]`` into ``rows [B, K, S, H]`` from each sequence's start on; the rest is dropped."""
     new = new.astype(rows.dtype)
     batch, heads, count = new.shape[:3]
-    if batch == 1 and count == 1:
-        # One slice: no scatter, which XLA's CPU backend would run element by element. A full cache keeps its last slot.
-        slot = jnp.minimum(start[0], rows.shape[2] - 1)
-        old = jax.lax.dynamic_slice_in_dim(rows, slot, 1, 2)
-        new = jnp.where(start[0] < rows.shape[2], new, old)
-        return jax.lax.dynamic_update_slice_in_dim(rows, new, slot, 2)
+    if count == 1 and (batch == 1 or (batch <= SLICES and jax.default_backend() == "cpu")):
+        # Slices: no scatter, which XLA's CPU backend runs element by element. A full cache keeps its last slot.
+        for i in range(batch):
+            at = (i, 0, jnp.minimum(start[i], rows.shape[2] - 1), 0)
+            old = jax.lax.dynamic_slice(rows, at, (1, heads, 1, rows.shape[3]))
+            one = jnp.where(start[i] < rows.shape[2], new[i : i + 1], old)
+            rows = jax.lax.dynamic_update_slice(rows, one, at)
+        return rows
     at = start[:, None] + jnp.arange(count)
     where = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], at[:, None])
     return rows.at[where].set(new, mode="drop", unique_indices=True)
@@ -156,6 +162,9 @@ def append(
     """
     tokens = jax.tree.leaves(new)[0].shape[-2] if nodes is None else nodes.shape[1]
     counts = jnp.broadcast_to(jnp.asarray(tokens if count is None else count, jnp.int32), cache.length.shape)
+    # Slots depend on the count, though they are the same for all: so no write can come before what the count was made
+    # from. XLA would else be free to write while others still read, and to be safe would copy the cache at each step.
+    start = cache.length + jnp.minimum(counts, 0)
 
     def chosen(array: Array) -> Array:
         if nodes is None:
@@ -166,7 +175,7 @@ def append(
         keys, values = chosen(keys), chosen(values)
         if isinstance(kept, BlockTopKCache):
             return extend(kept, keys.swapaxes(1, 2), values.swapaxes(1, 2), counts)
-        return _store(kept[0], keys, cache.length), _store(kept[1], values, cache.length)
+        return _store(kept[0], keys, start), _store(kept[1], values, start)
 
     if isinstance(new.keys, tuple | list):
         layers: Any = tuple(layer(*parts) for parts in zip(cache.layers, new.keys, new.values, strict=True))

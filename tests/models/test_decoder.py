@@ -193,13 +193,21 @@ def test_a_tree_of_drafts_sees_its_ancestors_only(params):
     np.testing.assert_allclose(last, decoder_forward(params, text, TINY).hidden[:, -1], **CLOSE)
 
 
-def test_long_prompts_attend_by_blocks(monkeypatch):
+def test_long_prompts_attend_by_tiles(monkeypatch):
     config = DecoderConfig.tiny(num_layers=1)
     weights = init_params(jax.random.key(1), config)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 21)))
-    wanted = decoder_forward(weights, tokens, config).hidden
-    monkeypatch.setattr("jaxaccel.models.decoder_attention.QUERY_BLOCK", 8)
-    np.testing.assert_allclose(decoder_forward(weights, tokens, config).hidden, wanted, **CLOSE)
+
+    def summed(weights):
+        hidden = decoder_forward(weights, tokens, config).hidden
+        return jnp.sum(hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))), hidden
+
+    (_, wanted), slopes = jax.value_and_grad(summed, has_aux=True)(weights)
+    monkeypatch.setattr("jaxaccel.models.decoder_attention.TILE", 8)  # three tiles, the last of 5 tokens
+    (_, found), tiled = jax.value_and_grad(summed, has_aux=True)(weights)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+    assert not np.array_equal(found, wanted)  # another order of sums: they were computed by tiles
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), tiled, slopes)
 
 
 def test_rotation():

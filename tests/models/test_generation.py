@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccel.decoding import MedusaConfig, chain, init_medusa_heads, make_tree
-from jaxaccel.decoding.generate import Typical
+from jaxaccel.decoding.generate import PLAIN, DraftHeads, Rules, Typical, advance, start
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder import decoder_forward, decoder_logits, init_params, stack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, SnapKV, generate, pad_prompts, prepare
+from jaxaccel.models.generation import Drafts, cached_model, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
+from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 
 TINY = DecoderConfig.tiny(max_positions=256)
 PROMPTS = [np.random.default_rng(i).integers(0, 61, n).tolist() for i, n in enumerate((5, 17, 1, 33))]
@@ -129,6 +130,23 @@ def test_streaming_tells_growing_text(ready, plain):
     assert [count[0] for _, count in heard] == [1, 5, 9, 12]
     for tokens, count in heard:
         np.testing.assert_array_equal(tokens[:, : count[0]], plain[:, : count[0]])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("guesses", [False, True])
+def test_steps_do_not_copy_the_cache(ready, drafts, batch, guesses):
+    """A step reads the cache and writes to it; if writes could come first, XLA would copy all of it, each step."""
+    tree = drafts.tree if guesses else PLAIN
+    heads = DraftHeads(drafts.heads) if guesses else None
+    tokens, length = jnp.ones((batch, 8), jnp.int32), jnp.full(batch, 8, jnp.int32)
+    logits, hidden, cache = prefill(ready, tokens, length, TINY, room=69)
+    rules = Rules(tree=tree)
+    state = start(logits, hidden, cache, rules=rules, max_new_tokens=60)
+    compiled = advance.lower(ready, heads, state, jnp.int32(60), model=cached_model(TINY), rules=rules).compile()
+    shape = f"f32[{batch},{TINY.num_kv_heads},77,{TINY.head_dim}]"
+    text = compiled.as_text()
+    assert shape in text
+    assert [line for line in text.splitlines() if shape in line and " copy(" in line] == []
 
 
 def test_scanned_layers_and_eight_devices_give_the_same_text(params, ready, plain):
