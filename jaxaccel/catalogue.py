@@ -178,6 +178,8 @@ METHODS: tuple[Method, ...] = (
         family="decoding",
         module="jaxaccel.decoding.medusa",
         cheaper="text generation: fewer decode steps (speculative heads) and a smaller cache of the prompt",
+        status="done",
+        experiments=("medusa", "snapkv_recall"),
     ),
     Method(
         slug="learn2pd",
@@ -426,6 +428,8 @@ METHODS: tuple[Method, ...] = (
         family="models",
         module="jaxaccel.models.geb",
         cheaper="language models on a CPU: a small decoder, and pre-training in small batches without spikes",
+        status="done",
+        experiments=("geb",),
     ),
 )
 """All methods, ordered by family."""

