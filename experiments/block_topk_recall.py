@@ -162,19 +162,54 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return scale * x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
 
-def _rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions of ``[B, T, heads, size]``, half-split."""
+def _rotate(x: jax.Array, start: int = 0) -> jax.Array:
+    """Rotary positions of ``[B, T, heads, size]``, half-split, from position ``start`` on."""
     half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None] / 10_000 ** (jnp.arange(half) / half)
+    angle = (start + jnp.arange(x.shape[1]))[:, None] / 10_000 ** (jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
 
 
+def embed(params: Any, tokens: jax.Array) -> jax.Array:
+    """Input of the layers, e(xₜ) + e'(xₜ₋₁): a value then carries its key, and recall is learned quickly."""
+    before = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    return params["embed"][tokens] + params["embed_previous"][before]
+
+
+def project(layer: Any, x: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotated queries ``[B, T, N, H]``, rotated keys and values ``[B, T, K, H]`` of positions from ``start`` on."""
+    batch, length, width = x.shape
+    size = width // HEADS
+    y = _norm(x, layer["attention_norm"])
+    q = (y @ layer["q"]).reshape(batch, length, HEADS, size)
+    k, v = jnp.split((y @ layer["kv"]).reshape(batch, length, 2 * KV_HEADS, size), 2, axis=2)
+    return _rotate(q, start), _rotate(k, start), v
+
+
+def attend(layer: Any, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, keep: Keep) -> jax.Array:
+    """The rest of a layer: attention where ``keep`` allows it, and the MLP. K may be any divisor of N."""
+    k, v = (jnp.repeat(part, HEADS // part.shape[2], axis=2) for part in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    logits = jnp.where(keep(logits), logits, -jnp.inf)
+    mixed = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits, -1), v)
+    x = x + mixed.reshape(x.shape) @ layer["out"]
+    y = _norm(x, layer["mlp_norm"])
+    return x + jax.nn.gelu(y @ layer["up"]) @ layer["down"]
+
+
+def causal(logits: jax.Array) -> jax.Array:
+    """The mask of dense attention."""
+    return jnp.tril(jnp.ones(logits.shape[-2:], bool))
+
+
+def unembed(params: Any, x: jax.Array) -> jax.Array:
+    """Logits of the next token."""
+    return _norm(x, params["norm"]) @ params["head"]
+
+
 def apply_model(params: Any, tokens: jax.Array, keep: Keep | None = None) -> jax.Array:
     """Logits of the next token, ``[B, T, V]``.
-
-    The input is e(xₜ) + e'(xₜ₋₁): a value then carries its key, and recall is learned in hundreds of steps.
 
     Args:
         params: of `init_model`.
@@ -182,23 +217,10 @@ def apply_model(params: Any, tokens: jax.Array, keep: Keep | None = None) -> jax
         keep: chooses the keys: from logits ``[B, N, T, S]`` to the causal mask of what is read. All earlier keys by
             default.
     """
-    before = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-    x = params["embed"][tokens] + params["embed_previous"][before]
-    batch, length, width = x.shape
-    size = width // HEADS
-    causal = jnp.tril(jnp.ones((length, length), bool))
+    x = embed(params, tokens)
     for layer in params["layers"]:
-        y = _norm(x, layer["attention_norm"])
-        q = _rotate((y @ layer["q"]).reshape(batch, length, HEADS, size))
-        k, v = jnp.split((y @ layer["kv"]).reshape(batch, length, 2 * KV_HEADS, size), 2, axis=2)
-        k, v = (jnp.repeat(part, HEADS // KV_HEADS, axis=2) for part in (_rotate(k), v))
-        logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(size)
-        logits = jnp.where(causal if keep is None else keep(logits), logits, -jnp.inf)
-        mixed = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits, -1), v)
-        x = x + mixed.reshape(batch, length, width) @ layer["out"]
-        y = _norm(x, layer["mlp_norm"])
-        x = x + jax.nn.gelu(y @ layer["up"]) @ layer["down"]
-    return _norm(x, params["norm"]) @ params["head"]
+        x = attend(layer, x, *project(layer, x), keep or causal)
+    return unembed(params, x)
 
 
 def selection(kind: str, budget: int, config: BlockTopKRecallConfig) -> Keep:
@@ -341,13 +363,14 @@ def run(config: BlockTopKRecallConfig, session: Session) -> Generator[Progress, 
     return compare(config, recall, language)
 
 
-def _values(sweep: Sweep, metric: str) -> list[float]:
+def measured(sweep: Sweep, metric: str) -> list[float]:
+    """A measurement on test data, of all seeds whose training ended well."""
     return [trial.final[f"test_{metric}"] for trial in sweep.trials if trial.status == "ok"]
 
 
 def compare(config: BlockTopKRecallConfig, recall: Sweep, language: Sweep | None) -> Comparison:
     """Tables, figures, rows and the headline."""
-    dense = _values(recall, "dense")
+    dense = measured(recall, "dense")
     tables = [_table(config, recall, config.budgets, "Recall: share of right values", config.length)]
     if language is not None:
         tables.append(
@@ -394,10 +417,10 @@ def _table(
     *,
     difference: bool = False,
 ) -> Table:
-    dense = np.asarray(_values(sweep, "dense"))
+    dense = np.asarray(measured(sweep, "dense"))
     rows: list[tuple[Cell, ...]] = [("dense", spread(dense.tolist()), *[""] * (len(budgets) - 1))]
     for kind in KINDS:
-        values = [np.asarray(_values(sweep, f"{kind} {b}")) for b in budgets]
+        values = [np.asarray(measured(sweep, f"{kind} {b}")) for b in budgets]
         rows.append((kind, *(spread((v - dense if difference else v).tolist()) for v in values)))
     note = "mean ± standard deviation over seeds"
     if difference:
@@ -407,7 +430,7 @@ def _table(
 
 def _series(sweep: Sweep, kind: str, budgets: Sequence[int]) -> Series:
     budgets = sorted(budgets)
-    values = [_values(sweep, f"{kind} {b}") for b in budgets]
+    values = [measured(sweep, f"{kind} {b}") for b in budgets]
     return Series(
         kind,
         tuple(map(float, budgets)),
@@ -419,10 +442,10 @@ def _series(sweep: Sweep, kind: str, budgets: Sequence[int]) -> Series:
 
 def _rows(config: BlockTopKRecallConfig, sweep: Sweep) -> list[dict[str, Any]]:
     """Keys and values read in a step over those of dense attention, and what accuracy is left."""
-    dense, length, rows = _values(sweep, "dense"), config.length, []
+    dense, length, rows = measured(sweep, "dense"), config.length, []
     for budget in config.budgets:
         read = 2 * budget + length / config.block_size  # keys and values of the budget, and one mean key a block
-        found = _values(sweep, f"block top-k {budget}")
+        found = measured(sweep, f"block top-k {budget}")
         if found:
             rows.append(
                 {
@@ -444,7 +467,7 @@ def _rows(config: BlockTopKRecallConfig, sweep: Sweep) -> list[dict[str, Any]]:
 
 def _headline(config: BlockTopKRecallConfig, recall: Sweep, language: Sweep | None) -> str:
     def mean(metric: str) -> str:
-        return f"{np.mean(_values(recall, metric) or [float('nan')]):.2f}"
+        return f"{np.mean(measured(recall, metric) or [float('nan')]):.2f}"
 
     parts = [f"{kind} {' / '.join(mean(f'{kind} {b}') for b in config.budgets)}" for kind in KINDS]
     words = (
@@ -453,8 +476,8 @@ def _headline(config: BlockTopKRecallConfig, recall: Sweep, language: Sweep | No
     )
     if language is not None:
         budget = min(config.language_budgets)
-        dense = np.asarray(_values(language, "dense"))
-        lost = (f"{np.mean(np.asarray(_values(language, f'{kind} {budget}')) - dense):+.3f}" for kind in KINDS)
+        dense = np.asarray(measured(language, "dense"))
+        lost = (f"{np.mean(np.asarray(measured(language, f'{kind} {budget}')) - dense):+.3f}" for kind in KINDS)
         words += f"; nats that a language model loses with {budget} of {config.language_length}: {', '.join(lost)}"
     return words
 

@@ -54,7 +54,7 @@ class MedusaConfig(Config):
     """Training sequences that the model continues itself."""
     prompt: int = 32
     """Of such a sequence, tokens of text."""
-    own_batch: int = 64
+    own_batch: int = 32
     """Of them, continued at a time."""
     steps: int = 600
     """Training steps of the heads."""

@@ -14,10 +14,11 @@ from experiments.benchmarks import BenchOptions, Measurement
 from experiments.data.text import load_python_topics
 from experiments.runner import cost, stats
 from jaxaccel.compression import linear
+from jaxaccel.decoding.generate import Rules, advance, start
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import generate, prepare
+from jaxaccel.models.generation import cached_model, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
-from jaxaccel.models.prompts import SnapKV
+from jaxaccel.models.prompts import SnapKV, prefill
 from jaxaccel.models.weights import load_pretrained
 
 MODEL = "smollm2-135m"
@@ -72,15 +73,26 @@ class Run(NamedTuple):
     tokens: np.ndarray  # [B, NEW]
 
 
-def in_turn(calls: dict[str, Callable[[], Run]], repeats: int) -> dict[str, list[Run]]:
+class Turns(NamedTuple):
+    """Runs of several contenders in turn."""
+
+    runs: dict[str, list[Run]]
+    warming: dict[str, float]  # seconds of the first run of each, which compiles, over those of a later one
+
+
+def in_turn(calls: dict[str, Callable[[], Run]], repeats: int) -> Turns:
     """Each call once to compile, then all in turn."""
-    for call in calls.values():
+    first = {}
+    for name, call in calls.items():
+        began = time.perf_counter()
         call()
+        first[name] = time.perf_counter() - began
     runs: dict[str, list[Run]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             runs[name].append(call())
-    return runs
+    whole = {name: float(np.median([run.first + run.rest for run in each])) for name, each in runs.items()}
+    return Turns(runs, {name: first[name] - whole[name] for name in calls})
 
 
 def ours(params: Any, config: DecoderConfig, batch: np.ndarray, **options: Any) -> Callable[[], Run]:
@@ -156,11 +168,31 @@ def _speed(name: str, top: list[float], bottom: list[float], goal: str, detail: 
     return Measurement(name, ratio, stats.bootstrap_ratio(top, bottom), goal, detail)
 
 
-def _shown(runs: dict[str, list[Run]]) -> str:
-    """Tokens a second of each, and seconds to the first token."""
+def _shown(turns: Turns) -> str:
+    """Tokens a second of each, seconds to the first token, and seconds of compilation."""
+    runs = turns.runs
     speed = ", ".join(f"{n} {len(r[0].tokens) * (NEW - 1) / np.median(_rests(r)):.1f}" for n, r in runs.items())
     first = ", ".join(f"{n} {np.median([run.first for run in r]):.2f} s" for n, r in runs.items())
-    return f"tokens/s: {speed}; prompt and first token: {first}"
+    compiling = ", ".join(f"{n} {seconds:.1f} s" for n, seconds in turns.warming.items())
+    return f"tokens/s: {speed}; prompt and first token: {first}; first run longer by: {compiling}"
+
+
+def products(params: Any, repeats: int) -> list[float]:
+    """Seconds of the products of ``NEW - 1`` steps at batch 1, one after the other as in the model, nothing else."""
+
+    def step(_: jax.Array, x: jax.Array, params: Any) -> jax.Array:
+        for layer in params["layers"]:
+            width = x.shape[1]
+            x = x + linear(linear(x, layer["qkv"])[:, :width], layer["o"])
+            both = linear(x, layer["gate_up"])
+            x = x + linear(both[:, : both.shape[1] // 2], layer["down"])
+            x = x * jax.lax.rsqrt(jnp.mean(x**2))
+        return x + 1e-9 * linear(x, params["embedding"])[:, : x.shape[1]]
+
+    chain = jax.jit(lambda x, params: jax.lax.fori_loop(0, NEW - 1, lambda i, x: step(i, x, params), x))
+    x = jnp.ones((1, params["final_norm"].size))
+    timings = cost.time_in_turn({"": functools.partial(chain, x, params)}, repeats=repeats, min_seconds=0.0)
+    return list(timings[""].seconds)
 
 
 def decoding(
@@ -178,14 +210,21 @@ def decoding(
         if model is not None:
             calls["transformers"] = theirs(model, text)
         where = f"batch {batch}, prompt {length}"
-        runs = in_turn(calls, repeats)
-        detail, mine = _shown(runs), _rests(runs["float32"])
+        turns = in_turn(calls, repeats)
+        runs, detail = turns.runs, _shown(turns)
+        mine = _rests(runs["float32"])
         if model is not None:
             same = float(np.mean(runs["float32"][0].tokens == runs["transformers"][0].tokens))
             yield Measurement(f"share of greedy tokens equal to transformers', {where}", same, None, ">= 1")
             goal = ">= 1.3" if batch == 1 else ""
             top = _rests(runs["transformers"])
             yield _speed(f"transformers / ours, float32, {where}", top, mine, goal, detail)
+            top, bottom = ([run.first for run in runs[name]] for name in ("transformers", "float32"))
+            rate_ = batch * length / np.median(bottom)
+            yield _speed(
+                f"transformers / ours, prompt and first token, {where}", top, bottom, "",
+                f"ours {rate_:.0f} prompt tokens/s",
+            )  # fmt: skip
         if batch == 1:
             alone = mine if length == cases[0][1] else alone
             limit = rate / _bytes_a_token(forms["float32"], config, length + NEW // 2)
@@ -193,6 +232,14 @@ def decoding(
             note = f"limit {limit:.1f} tokens/s at {rate / 1e9:.1f} GB/s copied; {detail}"
             yield _speed(name, [(NEW - 1) / limit] * len(mine), mine, ">= 0.8", note)
             yield _speed(f"float32 / int8, {where}", mine, _rests(runs["int8"]), ">= 2", detail)
+            if length == cases[0][1]:
+                for form, params_ in forms.items():
+                    alone_ = products(params_, repeats)
+                    yield _speed(
+                        f"share of a step in products of weights, {form}", alone_, _rests(runs[form]), "",
+                        f"products alone {1e3 * np.median(alone_) / (NEW - 1):.1f} ms, weights read at "
+                        f"{cost.tree_bytes(params_) * (NEW - 1) / np.median(alone_) / 1e9:.1f} GB/s",
+                    )  # fmt: skip
         else:
             more = [batch * seconds for seconds in alone]
             yield _speed(f"tokens/s of batch {batch} / batch 1, prompt {length}", more, mine, ">= 4", detail)
@@ -209,10 +256,31 @@ def long_prompts(
         "snapkv": {"snapkv": SnapKV(capacity=CAPACITY)},
         "block top-k": {"sparse": BlockTopK(num_blocks=CAPACITY // 16 - 5, num_local=48)},
     }
-    runs = in_turn({name: ours(ready, config, text, **way) for name, way in ways.items()}, max(3, options.repeats // 5))
+    turns = in_turn(
+        {name: ours(ready, config, text, **way) for name, way in ways.items()}, max(3, options.repeats // 5)
+    )
     for name, goal in (("snapkv", ">= 1.5"), ("block top-k", "")):
         title = f"dense / {name} of {CAPACITY}, prompt {LONGER}"
-        yield _speed(title, _rests(runs["dense"]), _rests(runs[name]), goal, _shown(runs))
+        yield _speed(title, _rests(turns.runs["dense"]), _rests(turns.runs[name]), goal, _shown(turns))
+    for name, way in ways.items():
+        held, step = memory(ready, config, text, **way)
+        yield Measurement(
+            f"MB of cache after a prompt of {LONGER}, {name}", held / 1e6, None, "",
+            f"weights {cost.tree_bytes(ready) / 1e6:.0f} MB, a step needs {step / 1e6:.0f} MB with both",
+        )  # fmt: skip
+
+
+def memory(params: Any, config: DecoderConfig, batch: np.ndarray, **options: Any) -> tuple[int, int]:
+    """Bytes of a cache after a prompt, and of all that a step holds, from shapes and from the compiled program."""
+    rules, room = Rules(), NEW + 1
+    length = jnp.full(len(batch), batch.shape[1], jnp.int32)
+    shapes = jax.eval_shape(
+        lambda params, tokens, length: prefill(params, tokens, length, config, room=room, **options),
+        params, jnp.asarray(batch), length,
+    )  # fmt: skip
+    state = jax.eval_shape(functools.partial(start, rules=rules, max_new_tokens=NEW), *shapes)
+    step = advance.lower(params, None, state, jnp.int32(1), model=cached_model(config), rules=rules).compile()
+    return cost.tree_bytes(shapes[2]), cost.peak_bytes(step) or 0
 
 
 def few_rows(options: BenchOptions, params: Any) -> Iterator[Measurement]:

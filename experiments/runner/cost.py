@@ -33,7 +33,7 @@ def compile_with_cost(function: Any, *arguments: Any) -> tuple[Any, ProgramCost]
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    return compiled, ProgramCost(_flops(compiled), _peak_bytes(compiled), seconds)
+    return compiled, ProgramCost(_flops(compiled), peak_bytes(compiled), seconds)
 
 
 def _flops(compiled: Any) -> float | None:
@@ -44,7 +44,8 @@ def _flops(compiled: Any) -> float | None:
     return float(flops) if flops is not None and flops >= 0 else None
 
 
-def _peak_bytes(compiled: Any) -> int | None:
+def peak_bytes(compiled: Any) -> int | None:
+    """Most bytes that a compiled program holds, arguments and outputs among them; ``None`` if the backend is silent."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None

@@ -185,12 +185,12 @@ def generate(
         check_drafts(drafts, config)
     rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, PLAIN if drafts is None else drafts.tree, typical)
     dtype = jnp.dtype(cache_dtype or config.dtype or _float_dtype(params))
-    tokens, count = jnp.asarray(tokens), jnp.asarray(count)
+    ids, real = jnp.asarray(tokens), jnp.asarray(count)
     room = max_new_tokens + rules.tree.max_depth + 1
     logits, hidden, cache = prefill(
-        params, tokens, count, config, room=room, cache_dtype=dtype, snapkv=snapkv, sparse=sparse
+        params, ids, real, config, room=room, cache_dtype=dtype, snapkv=snapkv, sparse=sparse
     )
-    state = _start(logits, hidden, tokens, count, key, rules=rules, max_new_tokens=max_new_tokens)
+    state = _start(logits, hidden, ids, real, key, rules=rules, max_new_tokens=max_new_tokens)
     state = state._replace(cache=cache)
     heads = None if drafts is None else _draft_heads(params, drafts)
     state = run(params, state, model=cached_model(config), rules=rules, heads=heads, callback=callback, every=every)
