@@ -61,6 +61,8 @@ def test_the_methods_that_are_done():
         "accelat": ("accelat",),
         "local_linear_attention": ("local_linear_regression", "local_linear_in_context"),
         "kinetics": ("kinetics", "block_topk_recall", "block_topk_latency"),
+        "llm_acceleration": ("medusa", "snapkv_recall"),
+        "geb": ("geb",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)
 

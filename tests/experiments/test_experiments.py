@@ -41,6 +41,20 @@ SMALLEST = {
         *("--tasks", "linear", "--size", "2", "--points", "3", "--layers", "1"),
         *("--width", "4", "--batch-size", "2", "--steps", "2", "--learning-rates", "0.01"),
     ],
+    "medusa": [
+        *("--model", "random", "--text", "4", "--own", "2", "--own-batch", "4", "--prompt", "8", "--length", "16"),
+        *("--steps", "2", "--batch-size", "4", "--vocabulary", "16", "--guesses", "1", "3", "--prompts", "2"),
+        *("--prompt-length", "8", "--new-tokens", "4", "--batches", "1", "--repeats", "1"),
+    ],
+    "snapkv_recall": [
+        *("--pairs", "4", "--questions", "2", "--noise", "4", "--budgets", "8", "--steps", "2", "--layers", "1"),
+        *("--width", "8", "--batch-size", "4", "--num-sink", "3", "--capacities", "8", "5"),
+    ],
+    "geb": [
+        *("--layers", "1", "--width", "8", "--inner", "8", "--heads", "2", "--kv-heads", "1", "--context", "8"),
+        *("--batch-size", "2", "--steps", "4", "--warmup-steps", "1", "--norm-learning-rates", "0.003"),
+        *("--validation-rows", "2"),
+    ],
     "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
 }
 
