@@ -334,6 +334,8 @@ def compare(config: GebConfig, sweeps: Sweeps) -> Comparison:
             "Spikes are counted in the training losses of all runs by one rule, whether the arm skips them or not.",
             "Adam does not see the scale of the embedding's gradient: EGS acts through clipping by the global norm, "
             "and through eps, alone.",
+            "Skipping where nothing spikes is the same computation, compiled anew: losses agree for some steps, then "
+            "rounding drives them apart, as training at this rate amplifies it. Differences of that size are noise.",
             f"Guessing costs ln {config.vocab_size} = {np.log(config.vocab_size):.1f} nats: where the mean is above "
             "half of that, a single batch can hardly reach twice the mean.",
             f"Models this small, trained for {config.steps} steps on batches of {config.batch_size}, show whether the "

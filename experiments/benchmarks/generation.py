@@ -1,16 +1,18 @@
-"""SmolLM2-135M on this machine: decoding against the bandwidth limit and against transformers where it is installed."""
+"""SmolLM2-135M here: decoding against the bandwidth limit, and transformers and llama.cpp where they are installed."""
 
 import functools
 import importlib.util
+import pathlib
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import BenchOptions, Measurement
+from experiments.benchmarks import BenchOptions, Measurement, llama_cpp
 from experiments.data.text import load_python_topics
 from experiments.runner import cost, stats
 from jaxaccel.compression import linear
@@ -36,7 +38,10 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
     assert loaded.tokenizer is not None
     text = "".join(load_python_topics().alphabet[i] for i in load_python_topics().test)
     tokens = np.array(loaded.tokenizer.encode(text), np.int32)
-    yield from decoding(options, loaded.params, loaded.config, tokens, CASES)
+    with tempfile.TemporaryDirectory() as folder:
+        longest = max(length for _, length in CASES) + NEW
+        others = dict(llama_cpp.models(loaded.origin, pathlib.Path(folder), longest))
+        yield from decoding(options, loaded.params, loaded.config, tokens, CASES, others)
     yield from long_prompts(options, loaded.params, loaded.config, tokens)
     yield from few_rows(options, loaded.params)
 
@@ -138,6 +143,12 @@ def transformers_model(params: Any, config: DecoderConfig) -> Any:
     return model
 
 
+def anchor(model: Any, prompt: np.ndarray) -> Callable[[], Run]:
+    """The same with llama.cpp."""
+    call = llama_cpp.generation(model, prompt.tolist(), NEW)
+    return lambda: Run(*call())
+
+
 def theirs(model: Any, batch: np.ndarray) -> Callable[[], Run]:
     """The same with transformers' greedy generation."""
     torch: Any = importlib.import_module("torch")
@@ -171,7 +182,8 @@ def _speed(name: str, top: list[float], bottom: list[float], goal: str, detail: 
 def _shown(turns: Turns) -> str:
     """Tokens a second of each, seconds to the first token, and seconds of compilation."""
     runs = turns.runs
-    speed = ", ".join(f"{n} {len(r[0].tokens) * (NEW - 1) / np.median(_rests(r)):.1f}" for n, r in runs.items())
+    rows = {name: r[0].tokens.size // NEW for name, r in runs.items()}
+    speed = ", ".join(f"{n} {rows[n] * (NEW - 1) / np.median(_rests(r)):.1f}" for n, r in runs.items())
     first = ", ".join(f"{n} {np.median([run.first for run in r]):.2f} s" for n, r in runs.items())
     compiling = ", ".join(f"{n} {seconds:.1f} s" for n, seconds in turns.warming.items())
     return f"tokens/s: {speed}; prompt and first token: {first}; first run longer by: {compiling}"
@@ -196,9 +208,14 @@ def products(params: Any, repeats: int) -> list[float]:
 
 
 def decoding(
-    options: BenchOptions, params: Any, config: DecoderConfig, tokens: np.ndarray, cases: tuple[tuple[int, int], ...]
+    options: BenchOptions,
+    params: Any,
+    config: DecoderConfig,
+    tokens: np.ndarray,
+    cases: tuple[tuple[int, int], ...],
+    others: Mapping[str, Any],
 ) -> Iterator[Measurement]:
-    """Tokens a second at several batches and lengths of prompts, float32 and int8."""
+    """Tokens a second at several batches and lengths of prompts, float32 and int8, beside other engines' at batch 1."""
     forms = {"float32": prepare(params), "int8": prepare(params, "int8")}
     model = transformers_model(params, config)
     rate = bandwidth()
@@ -209,6 +226,8 @@ def decoding(
         calls = {name: ours(form, config, text) for name, form in forms.items()}
         if model is not None:
             calls["transformers"] = theirs(model, text)
+        if batch == 1:
+            calls |= {name: anchor(other, text[0]) for name, other in others.items()}
         where = f"batch {batch}, prompt {length}"
         turns = in_turn(calls, repeats)
         runs, detail = turns.runs, _shown(turns)
@@ -232,6 +251,10 @@ def decoding(
             note = f"limit {limit:.1f} tokens/s at {rate / 1e9:.1f} GB/s copied; {detail}"
             yield _speed(name, [(NEW - 1) / limit] * len(mine), mine, ">= 0.8", note)
             yield _speed(f"float32 / int8, {where}", mine, _rests(runs["int8"]), ">= 2", detail)
+            for name in others:
+                goal = ">= 0.8" if name.endswith("Q8_0") else ""
+                form = "float32" if name.endswith("F32") else "int8"
+                yield _speed(f"{name} / ours, {form}, {where}", _rests(runs[name]), _rests(runs[form]), goal, detail)
             if length == cases[0][1]:
                 for form, params_ in forms.items():
                     alone_ = products(params_, repeats)

@@ -24,9 +24,9 @@ from jaxaccel.models.kv_cache import BlockTopK
 
 TILE = 256
 """On CPU, long prompts attend by tiles of so many queries and keys: all of [T, T] is never held."""
-FEW = 8
-"""On CPU, up to so many query heads that share a key head each make a product of their own. XLA has a fast product of a
-matrix and a vector, and none of a matrix and a few vectors."""
+FEW, LONG = 4, 32
+"""On CPU, up to so many queries that share at least so many keys each make a product of their own: XLA is fast with one
+vector times a matrix, and slow with a few. For more queries, or few keys, the calls cost more."""
 
 
 def grouped(queries: Float[Array, "B n N H"], heads: int) -> Float[Array, "B K m H"]:
@@ -43,14 +43,14 @@ def ungrouped(rows: Float[Array, "B K m H"], count: int) -> Float[Array, "B n N 
     return split.transpose(0, 2, 1, 3, 4).reshape(batch, count, -1, size)
 
 
-def _one_by_one(rows: int) -> bool:
-    return rows <= FEW and jax.default_backend() == "cpu"
+def _one_by_one(queries: int, keys: int) -> bool:
+    return queries <= FEW and keys >= LONG and jax.default_backend() == "cpu"
 
 
 def _scores(queries: Array, keys: Array) -> Array:
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
     scale = queries.shape[-1] ** -0.5
-    if _one_by_one(queries.shape[2]):
+    if _one_by_one(queries.shape[2], keys.shape[2]):
         rows = [queries[:, :, i] for i in range(queries.shape[2])]
         products = [jnp.einsum("bkh,bksh->bks", row, keys, preferred_element_type=dtype) for row in rows]
         return jnp.stack(products, 2) * scale
@@ -59,7 +59,7 @@ def _scores(queries: Array, keys: Array) -> Array:
 
 def _weighted(weights: Array, values: Array) -> Array:
     dtype, weights = weights.dtype, weights.astype(values.dtype)
-    if _one_by_one(weights.shape[2]):
+    if _one_by_one(*weights.shape[2:]):
         rows = [weights[:, :, i] for i in range(weights.shape[2])]
         return jnp.stack([jnp.einsum("bks,bksh->bkh", row, values, preferred_element_type=dtype) for row in rows], 2)
     return jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=dtype)

@@ -116,23 +116,20 @@ def empty_cache(
 
 
 SLICES = 32
-"""On CPU, the new tokens of up to so many sequences are each written as one slice."""
+"""On CPU, up to so many sequences each write their new token as a slice."""
 
 
 def _store(rows: Array, new: Array, start: Int[Array, "B"]) -> Array:
     """Write ``new [B, K, m, H]`` into ``rows [B, K, S, H]`` from each sequence's start on; the rest is dropped."""
     new = new.astype(rows.dtype)
-    batch, heads, count, width = new.shape
-    size = rows.shape[2]
-    if count <= size and (batch == 1 or (batch <= SLICES and jax.default_backend() == "cpu")):
-        # No scatter, which XLA's CPU backend runs element by element. Slices that would cross the end start before it,
-        # and keep what stood there.
+    batch, heads, count = new.shape[:3]
+    if count == 1 and (batch == 1 or (batch <= SLICES and jax.default_backend() == "cpu")):
+        # No scatter, which XLA's CPU backend runs element by element. A full cache keeps its last slot.
         for i in range(batch):
-            at = (i, 0, jnp.minimum(start[i], size - count), 0)
-            source = jnp.arange(count) - (start[i] - at[2])
-            old = jax.lax.dynamic_slice(rows, at, (1, heads, count, width))
-            shifted = jnp.take(new[i : i + 1], jnp.maximum(source, 0), 2, mode="clip")
-            rows = jax.lax.dynamic_update_slice(rows, jnp.where((source >= 0)[:, None], shifted, old), at)
+            at = (i, 0, jnp.minimum(start[i], rows.shape[2] - 1), 0)
+            old = jax.lax.dynamic_slice(rows, at, (1, heads, 1, rows.shape[3]))
+            one = jnp.where(start[i] < rows.shape[2], new[i : i + 1], old)
+            rows = jax.lax.dynamic_update_slice(rows, one, at)
         return rows
     slots = start[:, None] + jnp.arange(count)
     where = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], slots[:, None])

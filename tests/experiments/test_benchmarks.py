@@ -1,6 +1,7 @@
 """Every benchmark in its smallest form: it runs, and its goals are read rightly. Speeds are not asserted here."""
 
 import json
+import pathlib
 import types
 
 import jax
@@ -38,7 +39,7 @@ def tiny_model(name):
     config = DecoderConfig.tiny(num_layers=1, tie_embeddings=True, max_positions=256)
     params = jax.tree.map(np.asarray, init_params(jax.random.key(0), config))
     letters = types.SimpleNamespace(encode=lambda text: [ord(letter) % 61 for letter in text[:400]])
-    return types.SimpleNamespace(params=params, config=config, tokenizer=letters)
+    return types.SimpleNamespace(params=params, config=config, tokenizer=letters, origin=pathlib.Path("tiny"))
 
 
 @pytest.mark.parametrize("name", benchmarks.MODULES)
@@ -100,3 +101,26 @@ def test_goals():
     assert Measurement("a", 1.11, None, "<= 1.10").met is False
     assert Measurement("a", 3.0, None, ">= 2").met is True
     assert Measurement("a", 3.0, None).met is None
+
+
+def test_weights_rewritten_in_another_kind_are_the_same_model(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is optional")
+    from experiments.benchmarks.llama_cpp import models, rewrite
+    from jaxaccel.models.weights import load_pretrained
+    from tests.models.weights.making import GGUF, GGUF_TOP, TINY, gguf_metadata, named, random_params, write_gguf
+
+    tensors = named(random_params(TINY), GGUF_TOP, GGUF, "blk.")
+    words = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.chat_template": "{{ x }}"}
+    source = write_gguf(tmp_path / "x.Q4_1.gguf", tensors, gguf_metadata(TINY) | words, kind="Q4_1")
+    for kind in ("F32", "Q8_0"):
+        copy = rewrite(source, kind, tmp_path / f"{kind}.gguf")
+        before, after = load_pretrained(source), load_pretrained(copy)
+        assert before.config == after.config
+        for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+            # Q8_0 has 127 steps up to the largest of 32 numbers; vectors and F32 are kept to the bit.
+            error = np.abs(old).max() / 254 if kind == "Q8_0" and old.ndim > 1 else 0
+            np.testing.assert_allclose(new, old, rtol=0, atol=1.01 * error)
+        fields = gguf.GGUFReader(copy).fields
+        assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+        assert fields["tokenizer.chat_template"].contents() == "{{ x }}"
+    assert list(models(tmp_path / "no.safetensors", tmp_path, 8)) == []
