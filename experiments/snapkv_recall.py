@@ -14,18 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.block_topk_recall import (
-    HEADS,
-    KV_HEADS,
-    BlockTopKRecallConfig,
-    attend,
-    causal,
-    embed,
-    measured,
-    project,
-    recall_task,
-    unembed,
-)
+from experiments.block_topk_recall import BlockTopKRecallConfig, measured, recall_task
+from experiments.recall_model import HEADS, KV_HEADS, attend, causal, embed, project, unembed
 from experiments.runner.api import Cell, Comparison, Experiment, Figure, Progress, Series, Table
 from experiments.runner.session import Session
 from experiments.runner.sweep import Sweep, spread

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import snapkv_recall as experiment
-from experiments.block_topk_recall import HEADS, KV_HEADS, apply_model, init_model
+from experiments.block_topk_recall import apply_model, init_model
+from experiments.recall_model import HEADS, KV_HEADS
 from experiments.snapkv_recall import METHODS, OTHERS, SNAPKV, SnapKVRecallConfig, answer, choose
 
 CONFIG = SnapKVRecallConfig(pairs=4, questions=2, noise=4, budgets=(8,), num_sink=3, capacities=(8,), width=8, layers=2)
