@@ -2,8 +2,9 @@
 
 Heads learn from states of the frozen model (`experiments.medusa_data`), a tree is built from their accuracies for each
 number of guesses, and text that was held out is continued greedily with every tree and without. The text must be the
-same; what differs is how many passes it takes, and how long. Heads and the best tree are saved as one file, which
-`python -m experiments generate --medusa FILE` takes.
+same; what differs is how many passes it takes, and how long. Heads and the largest tree are saved as one file, which
+`python -m experiments generate --medusa FILE` takes. Where the table says that fewer guesses are faster, save the
+heads anew with the beginning of that tree's paths, which is the best tree of its size.
 """
 
 import dataclasses
