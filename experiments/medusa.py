@@ -30,6 +30,7 @@ from jaxaccel.decoding import MedusaConfig as HeadsConfig
 from jaxaccel.decoding import build_tree, init_medusa_heads, make_tree, medusa_logits, medusa_loss, rank_accuracies
 from jaxaccel.decoding.heads_file import load_heads, save_heads
 from jaxaccel.decoding.medusa import MedusaParams
+from jaxaccel.models.decoder import output_matrix
 from jaxaccel.models.generation import Drafts, generate
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def draft_vocabulary(targets: np.ndarray, count: int) -> np.ndarray | None:
 
 def _rows(frozen: Frozen, ids: np.ndarray | None) -> Any:
     """Rows of the output matrix that heads share, or all of it."""
-    matrix = frozen.params["head"] if "head" in frozen.params else frozen.params["embedding"]
+    matrix = output_matrix(frozen.params)
     return matrix if ids is None else take_rows(matrix, jnp.asarray(ids))
 
 

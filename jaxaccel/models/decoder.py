@@ -261,9 +261,14 @@ def decoder_forward(
     return Forward(hidden, NewTokens(keys, values), queries if query_rows is not None else ())
 
 
+def output_matrix(params: Params) -> Any:
+    """Rows [V, D] that give logits: ``head``, or the embedding where parameters have none."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
 def decoder_logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits of the next token from hidden states; with the embedding where parameters have no ``head``."""
-    return linear(hidden, params["head"] if "head" in params else params["embedding"])
+    return linear(hidden, output_matrix(params))
 
 
 def default_sparse(config: DecoderConfig) -> BlockTopK | None:

@@ -22,7 +22,7 @@ from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, Generatio
 from jaxaccel.decoding.medusa import MedusaParams
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.decoding.tree import TreeBuffers
-from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, unstack_layers
+from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, output_matrix, unstack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append
 from jaxaccel.models.prompts import PROMPT_STEP, SnapKV, pad_prompts, prefill
@@ -203,7 +203,7 @@ def _draft_heads(params: Any, drafts: Drafts) -> DraftHeads:
     ids = jnp.asarray(drafts.token_ids, jnp.int32)
     if drafts.heads.vocab is not None:
         return DraftHeads(drafts.heads, None, ids)
-    return DraftHeads(drafts.heads, take_rows(params["head"] if "head" in params else params["embedding"], ids), ids)
+    return DraftHeads(drafts.heads, take_rows(output_matrix(params), ids), ids)
 
 
 def _float_dtype(params: Any) -> Any:
