@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from experiments.medusa_config import TOP, MedusaConfig
 from experiments.medusa_data import RANDOM, Frozen, Portion, Positions, Texts, collect, load_texts, positions, windows
 from experiments.runner import stats
 from experiments.runner.api import Cell, Comparison, Experiment, Figure, Progress, Series, Table
+from experiments.runner.cost import results_in_turn
 from experiments.runner.session import Session
 from experiments.runner.sweep import spread
 from jaxaccel.compression import take_rows
@@ -150,16 +151,8 @@ def time_trees(
     config: MedusaConfig, frozen: Frozen, prompts: np.ndarray, trees: Mapping[int, Drafts | None]
 ) -> dict[int, list[Decoded]]:
     """Each tree once to compile, then all in turn."""
-    calls: dict[int, Callable[[], Decoded]] = {
-        n: functools.partial(decode, config, frozen, prompts, drafts) for n, drafts in trees.items()
-    }
-    for call in calls.values():
-        call()
-    found: dict[int, list[Decoded]] = {n: [] for n in calls}
-    for _ in range(config.repeats):
-        for n, call in calls.items():
-            found[n].append(call())
-    return found
+    calls = {n: functools.partial(decode, config, frozen, prompts, drafts) for n, drafts in trees.items()}
+    return results_in_turn(calls, config.repeats)[0]
 
 
 # The experiment -------------------------------------------------------------------------------------------------------

@@ -87,15 +87,7 @@ class Turns(NamedTuple):
 
 def in_turn(calls: dict[str, Callable[[], Run]], repeats: int) -> Turns:
     """Each call once to compile, then all in turn."""
-    first = {}
-    for name, call in calls.items():
-        began = time.perf_counter()
-        call()
-        first[name] = time.perf_counter() - began
-    runs: dict[str, list[Run]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            runs[name].append(call())
+    runs, first = cost.results_in_turn(calls, repeats)
     whole = {name: float(np.median([run.first + run.rest for run in each])) for name, each in runs.items()}
     return Turns(runs, {name: first[name] - whole[name] for name in calls})
 

@@ -4,12 +4,15 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from experiments.runner import stats
 from jaxaccel.forecasting import seconds_in_turn
+
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,22 @@ def time_in_turn(
     """
     seconds = seconds_in_turn(contenders, repeats=repeats, min_seconds=min_seconds)
     return {name: Timing(values) for name, values in seconds.items()}
+
+
+def results_in_turn(
+    calls: Mapping[Name, Callable[[], Result]], repeats: int
+) -> tuple[dict[Name, list[Result]], dict[Name, float]]:
+    """Results of calls that time themselves, made in turn; and the seconds of each first call, which compiles."""
+    warming: dict[Name, float] = {}
+    for name, call in calls.items():
+        began = time.perf_counter()
+        call()
+        warming[name] = time.perf_counter() - began
+    results: dict[Name, list[Result]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            results[name].append(call())
+    return results, warming
 
 
 def ratio(timings: Mapping[str, Timing], top: str, bottom: str) -> tuple[float, tuple[float, float] | None]:
