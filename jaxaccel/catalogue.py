@@ -333,6 +333,8 @@ METHODS: tuple[Method, ...] = (
         family="boosting",
         module="jaxaccel.boosting.gbnn",
         cheaper="inference of a shallow network: its last units can be dropped on the fly",
+        status="done",
+        experiments=("gbnn",),
     ),
     Method(
         slug="unlearnable",

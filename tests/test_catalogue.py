@@ -63,6 +63,7 @@ def test_the_methods_that_are_done():
         "kinetics": ("kinetics", "block_topk_recall", "block_topk_latency"),
         "llm_acceleration": ("medusa", "snapkv_recall"),
         "geb": ("geb",),
+        "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)
 

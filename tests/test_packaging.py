@@ -32,20 +32,37 @@ def declared(*extras):
     return [Requirement(line) for group in groups for line in group]
 
 
-def third_party_imports(package):
+def imported(tree):
     names = set()
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module.split(".")[0])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
     return names - set(sys.stdlib_module_names) - {"jaxaccel", "kernels_pallas", "experiments"}
 
 
+def guarded(node):
+    """Whether a statement tries imports and says what to install where they fail."""
+    return isinstance(node, ast.Try) and any(ast.unparse(h.type or h) == "ImportError" for h in node.handlers)
+
+
+def third_party_imports(package):
+    """What the library must have, and what parts of it ask for."""
+    needed, optional = set(), set()
+    for path in (ROOT / package).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        optional |= set().union(*(imported(node) for node in tree.body if guarded(node)))
+        tree.body = [node for node in tree.body if not guarded(node)]
+        needed |= imported(tree)
+    return needed, optional
+
+
 def test_runtime_dependencies_are_what_the_library_imports():
-    needed = third_party_imports("jaxaccel") | third_party_imports("kernels_pallas")
-    assert needed == {requirement.name for requirement in declared()}
+    (needed, optional), (needed_too, optional_too) = map(third_party_imports, ("jaxaccel", "kernels_pallas"))
+    assert needed | needed_too == {requirement.name for requirement in declared()}
+    assert optional | optional_too == {"sklearn"}
+    assert [requirement.name for requirement in declared("estimators")] == ["scikit-learn"]
 
 
 def test_every_dependency_is_pinned_within_its_bounds():

@@ -55,6 +55,11 @@ SMALLEST = {
         *("--batch-size", "2", "--steps", "4", "--warmup-steps", "1", "--norm-learning-rates", "0.003"),
         *("--validation-rows", "2"),
     ],
+    "gbnn": [
+        *("--tables", "diabetes", "--rows", "60", "--units", "4", "--units-per-step", "1", "2", "--kept", "0.5", "1.0"),
+        *("--rates", "0.1", "--adam-rates", "0.01", "--penalties", "0.01", "--inner-steps", "3", "--epochs", "16"),
+        *("--lbfgs-steps", "16", "--repeats", "3"),
+    ],
     "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
 }
 
