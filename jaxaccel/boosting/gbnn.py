@@ -331,7 +331,7 @@ def gbnn_fit(
         if callback is not None and callback(done, np.asarray(losses)):
             break
     unit, rho, losses = parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-    params = GBNNParams(f0, *unit, rho)
+    params = GBNNParams(f0, unit.w1, unit.b1, unit.w2, unit.b2, rho)
     if initial is not None:
         params = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), initial, params)._replace(f0=f0)
     return GBNNFit(params, losses)
