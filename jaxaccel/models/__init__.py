@@ -13,8 +13,9 @@ from jaxaccel.models.decoder import (
     unstack_layers,
 )
 from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
-from jaxaccel.models.generation import Drafts, Generation, generate, prepare
-from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
+from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
+from jaxaccel.models.generation import Generation, generate, prepare
+from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 from jaxaccel.models.transformer import CharLM, TransformerBlock, VisionTransformer
 from jaxaccel.models.weights import load_pretrained
@@ -26,10 +27,12 @@ __all__ = [
     "CharLM",
     "Decoder",
     "DecoderConfig",
+    "DraftDecoder",
     "Drafts",
     "Forward",
     "Generation",
     "KVCache",
+    "Lookup",
     "NewTokens",
     "ResNet18",
     "RopeScaling",
@@ -48,6 +51,7 @@ __all__ = [
     "pad_prompts",
     "prefill",
     "prepare",
+    "rewind",
     "stack_layers",
     "unstack_layers",
 ]

@@ -266,6 +266,11 @@ def output_matrix(params: Params) -> Any:
     return params["head"] if "head" in params else params["embedding"]
 
 
+def float_dtype(params: Params) -> Any:
+    """The dtype of what is not quantised: that of the cache, by default."""
+    return jax.tree.leaves(params["final_norm"])[0].dtype
+
+
 def decoder_logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits of the next token from hidden states; with the embedding where parameters have no ``head``."""
     return linear(hidden, output_matrix(params))
