@@ -51,8 +51,8 @@ def _routes(tree: TreeBuffers) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n
 
 def verify_drawn(
     target_logits: Float[Array, "*B n V"],
-    draft_logits: Float[Array, "*B guesses V"],
-    tree_tokens: Int[Array, "*B n"],
+    draft_logits: Float[Array, "*_"],
+    tree_tokens: Int[Array, "*_"],
     tree: TreeBuffers,
     *,
     key: Key[Array, ""],
@@ -61,9 +61,9 @@ def verify_drawn(
 
     Args:
         target_logits: after each node; their softmax is the law of the text. Temperature and filters are in them.
-        draft_logits: row i − 1 belongs to node i; its softmax is the law that the node's token was drawn from. Siblings
+        draft_logits: [*B, n − 1, V]; row i − 1 belongs to node i; its softmax is the law that the node's token was drawn from. Siblings
             have the same row: what was drawn before them is taken out here.
-        tree_tokens: of the nodes, the root first.
+        tree_tokens: [*B, n], of the nodes, the root first.
         tree: of `make_tree` or `chain`.
         key: of the draws.
 
@@ -128,8 +128,8 @@ def verify_draft(
     draft_tokens: Int[Array, "*B guesses"],
     target_logits: Float[Array, "*B n V"],
     *,
-    draft_logits: Float[Array, "*B guesses V"] | None = None,
-    tree_parent: Sequence[int] | Int[np.ndarray, "guesses"] | None = None,
+    draft_logits: Float[Array, "*_"] | None = None,
+    tree_parent: Sequence[int] | Int[np.ndarray, "_"] | Int[Array, "_"] | None = None,
     key: Key[Array, ""] | None = None,
     temperature: ArrayLike | None = None,
 ) -> tuple[Int[Array, "*B"], Int[Array, "*B columns"]]:
@@ -138,9 +138,9 @@ def verify_draft(
     Args:
         draft_tokens: the guesses, without the last token of the text, which they follow.
         target_logits: of the target after the last token of the text, and after each guess: n = guesses + 1 rows.
-        draft_logits: what each guess was drawn from; for sampling with guesses that were drawn. Without them a guess is
+        draft_logits: [*B, guesses, V], what each guess was drawn from; for sampling with guesses that were drawn. Without them a guess is
             taken as given, e.g. the likeliest of its source.
-        tree_parent: static; the guess before each guess, -1 for the text. A chain by default: -1, 0, 1, ... The target
+        tree_parent: [guesses], static; the guess before each guess, -1 for the text. A chain by default: -1, 0, 1, ... The target
             must have been run with the mask of that tree, ``tree_from_parents(tree_parent)[0].attn_mask``.
         key: for sampling; greedy without.
         temperature: for sampling: divides the logits of both models; 1 by default. A draft that was drawn at another

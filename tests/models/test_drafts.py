@@ -1,7 +1,7 @@
 """A draft model and prompt lookup in the generation loop.
 
-What would be wrong without anyone noticing: a draft whose cache holds guesses that fell, or misses one that stood, still
-gives the right text, only more slowly. So how many guesses stand is compared with a plain simulation. And sampled text
+What would be wrong without anyone noticing: a draft whose cache holds guesses that fell, or misses one that stood,
+still gives the right text, only more slowly. So how many guesses stand is compared with a plain simulation. And sampled text
 must have the target's law.
 """
 
@@ -163,7 +163,7 @@ def test_prompt_lookup_changes_no_text_and_guesses_by_its_rule(ready, plain):
         padded = jnp.asarray(np.pad(text, (0, 12 - len(text)), constant_values=1)[None], jnp.int32)
         begun = rule.begin(padded, jnp.array([len(text) - 1]), jnp.asarray(text[-1:]), room=4)
         now = state._replace(draft=begun, last=jnp.asarray(text[-1:], jnp.int32))
-        proposal = rule.propose(None, None, now, Rules(tree=chain(GUESSES)), None)
+        proposal = rule.propose(cached_model(TINY), None, now, Rules(tree=chain(GUESSES)), None)
         assert proposal.tokens[0].tolist() == [text[-1], *lookup(text)]
         # What is emitted is found again.
         more = rule.accept(begun, now.last, jnp.array([[7, 8, 9, 9]]), jnp.array([1]), Rules())
@@ -206,14 +206,8 @@ def test_sampled_text_has_the_law_of_the_target(kind):
 def test_the_same_key_gives_the_same_text_and_rules_compose(ready, plain, draft_params):
     drafts = DraftDecoder(prepare(draft_params), TINY, 2)
     free = Sampling(temperature=1.0, repetition_penalty=1.3, top_p=0.9, vocab_size=50)
-    draw = [
-        np.asarray(
-            generate(
-                ready, PROMPTS, TINY, max_new_tokens=NEW, sampling=free, drafts=drafts, key=jax.random.key(k)
-            ).tokens
-        )
-        for k in (0, 0, 1)
-    ]
+    rest = {"max_new_tokens": NEW, "sampling": free, "drafts": drafts}
+    draw = [np.asarray(generate(ready, PROMPTS, TINY, key=jax.random.key(k), **rest).tokens) for k in (0, 0, 1)]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert (draw[0] != draw[2]).any()
     assert max(map(np.max, draw)) < 50
@@ -247,7 +241,7 @@ def test_bad_input(ready, params):
         (DraftDecoder(params, dataclasses.replace(TINY, attention="block_topk")), "reads its cache by blocks"),
         (
             DraftDecoder(params, short),
-            "a prompt of 17 tokens and 14 new ones do not fit into the 20 positions of the d",
+            "a prompt of 17 tokens and 14 new ones do not fit into the 20 positions",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -260,7 +254,7 @@ def test_bad_input(ready, params):
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(ValueError, match="sampling needs a key"):
-        generate(ready, [[1]], TINY, sampling=Sampling(temperature=1.0), drafts=Lookup())
+        generate(ready, [[1]], TINY, max_new_tokens=NEW, sampling=Sampling(temperature=1.0), drafts=Lookup())
     source = DraftModel(params, cached_model(TINY))
     state = start(jnp.zeros((1, 61)), jnp.zeros((1, 32)), None, rules=Rules(), max_new_tokens=4)
     model = cached_model(TINY)
