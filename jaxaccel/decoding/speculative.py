@@ -61,8 +61,8 @@ def verify_drawn(
 
     Args:
         target_logits: after each node; their softmax is the law of the text. Temperature and filters are in them.
-        draft_logits: [*B, n − 1, V]; row i − 1 belongs to node i; its softmax is the law that the node's token was drawn from. Siblings
-            have the same row: what was drawn before them is taken out here.
+        draft_logits: [*B, n − 1, V]; row i − 1 belongs to node i; its softmax is the law that the node's token was
+            drawn from. Siblings have the same row: what was drawn before them is taken out here.
         tree_tokens: [*B, n], of the nodes, the root first.
         tree: of `make_tree` or `chain`.
         key: of the draws.
@@ -138,10 +138,10 @@ def verify_draft(
     Args:
         draft_tokens: the guesses, without the last token of the text, which they follow.
         target_logits: of the target after the last token of the text, and after each guess: n = guesses + 1 rows.
-        draft_logits: [*B, guesses, V], what each guess was drawn from; for sampling with guesses that were drawn. Without them a guess is
-            taken as given, e.g. the likeliest of its source.
-        tree_parent: [guesses], static; the guess before each guess, -1 for the text. A chain by default: -1, 0, 1, ... The target
-            must have been run with the mask of that tree, ``tree_from_parents(tree_parent)[0].attn_mask``.
+        draft_logits: [*B, guesses, V], what each guess was drawn from; for sampling with guesses that were drawn.
+            Without them a guess is taken as given, e.g. the likeliest of its source.
+        tree_parent: [guesses], static; the guess before each guess, -1 for the text. A chain by default: -1, 0, 1, ...
+            In the target's pass, a guess must have seen the text, the guesses on the way to it, and itself.
         key: for sampling; greedy without.
         temperature: for sampling: divides the logits of both models; 1 by default. A draft that was drawn at another
             temperature has its logits divided beforehand.

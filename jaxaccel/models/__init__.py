@@ -12,7 +12,8 @@ from jaxaccel.models.decoder import (
     stack_layers,
     unstack_layers,
 )
-from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
+from jaxaccel.models.decoder_config import BlockFFNConfig, DecoderConfig, RopeScaling
+from jaxaccel.models.decoder_ffn import expert_union
 from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
 from jaxaccel.models.generation import Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
@@ -23,6 +24,7 @@ from jaxaccel.models.weights import load_pretrained
 __all__ = [
     "CNN",
     "MLP",
+    "BlockFFNConfig",
     "BlockTopK",
     "CharLM",
     "Decoder",
@@ -43,6 +45,7 @@ __all__ = [
     "decoder_forward",
     "decoder_logits",
     "empty_cache",
+    "expert_union",
     "fuse",
     "generate",
     "init_params",

@@ -31,7 +31,8 @@ def cached_model(config: DecoderConfig) -> CachedModel:
     def forward(
         params: Any, tokens: Array, cache: KVCache, positions: Array, mask: Array, live: Array
     ) -> tuple[Array, NewTokens]:
-        result = decoder_forward(params, tokens, config, positions=positions, cache=cache, mask=mask)
+        real = jnp.broadcast_to(live[:, None], tokens.shape)
+        result = decoder_forward(params, tokens, config, positions=positions, cache=cache, mask=mask, real=real)
         return result.hidden, result.new
 
     def store(cache: KVCache, new: NewTokens, nodes: Array | None, count: Array | None) -> KVCache:

@@ -1,8 +1,8 @@
 """A draft model and prompt lookup in the generation loop.
 
 What would be wrong without anyone noticing: a draft whose cache holds guesses that fell, or misses one that stood,
-still gives the right text, only more slowly. So how many guesses stand is compared with a plain simulation. And sampled text
-must have the target's law.
+still gives the right text, only more slowly. So how many guesses stand is compared with a plain simulation. And
+sampled text must have the target's law.
 """
 
 import dataclasses
