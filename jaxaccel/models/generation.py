@@ -20,9 +20,8 @@ from jaxtyping import Array, Int, Key
 from jaxaccel.compression import quantize_weights
 from jaxaccel.decoding.generate import PLAIN, GenerationState, Rules, Typical, run, start
 from jaxaccel.decoding.sampling import Sampling
-from jaxaccel.models.decoder import float_dtype, fuse, is_stacked, unstack_layers
+from jaxaccel.models.decoder import float_dtype, fuse, has_experts, is_stacked, unstack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.decoder_ffn import has_experts
 from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup, cached_model
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import PROMPT_STEP, SnapKV, pad_prompts, prefill
@@ -50,9 +49,7 @@ def prepare(params: Any, dtype: Literal["float32", "bfloat16", "int8"] = "float3
     params = jax.tree.map(jnp.asarray, params)  # files give NumPy arrays
     params = unstack_layers(params) if is_stacked(params) else params
     if dtype == "int8" and has_experts(params):
-        raise ValueError(
-            "dtype is 'int8', but the parameters hold sparse experts, which are read as 'float32' or 'bfloat16'"
-        )
+        raise ValueError("dtype is 'int8', but the parameters hold sparse experts: expected 'float32' or 'bfloat16'")
     return quantize_weights(fuse(params), dtype)
 
 
