@@ -25,7 +25,8 @@ from experiments.runner.cli import FAILED, OK, UsageError
 from jaxaccel.decoding.heads_file import HeadsInfo, load_heads
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, check_drafts, generate, prepare
+from jaxaccel.models.drafts import Drafts
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import SnapKV
 from jaxaccel.models.weights import Pretrained, StreamDecoder, Tokenizer, WeightsError, load_pretrained
@@ -225,7 +226,7 @@ def _check_fit(model: Pretrained, prompt: Sequence[int], options: GenerateOption
         raise UsageError(f"--top-k is {options.top_k}, but {options.model} has {config.vocab_size} tokens")
     if drafts is not None:
         try:
-            check_drafts(drafts, config)
+            drafts.check(config)
         except ValueError as error:
             raise UsageError(f"{options.medusa}: {error}") from error
 

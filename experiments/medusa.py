@@ -32,7 +32,8 @@ from jaxaccel.decoding import build_tree, init_medusa_heads, make_tree, medusa_l
 from jaxaccel.decoding.heads_file import load_heads, save_heads
 from jaxaccel.decoding.medusa import MedusaParams
 from jaxaccel.models.decoder import output_matrix
-from jaxaccel.models.generation import Drafts, generate
+from jaxaccel.models.drafts import Drafts
+from jaxaccel.models.generation import generate
 
 # Training -------------------------------------------------------------------------------------------------------------
 

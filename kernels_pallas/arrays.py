@@ -13,16 +13,40 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _varying(arrays: Sequence[jax.Array]) -> frozenset[str]:
+    """The mesh axes that any of ``arrays`` varies over inside ``shard_map``.
+
+    JAX calls the property ``vma``, and ``manual_axis_type`` since 0.10.
+    """
+    types = [jax.typeof(x) for x in arrays]
+    if hasattr(types[0], "manual_axis_type"):
+        return frozenset().union(*(t.manual_axis_type.varying for t in types))
+    return frozenset().union(*(getattr(t, "vma", ()) for t in types))
+
+
 def kernel_output(arrays: Sequence[jax.Array], shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a kernel's output that varies over the mesh axes that any of ``arrays`` varies over.
 
-    Inside ``shard_map`` a kernel has to say so; JAX calls the property ``vma``, and ``manual_axis_type`` since 0.10.
+    Inside ``shard_map`` a kernel has to say so.
     """
-    types = [jax.typeof(x) for x in arrays]
-    keywords: dict[str, Any]
-    if hasattr(types[0], "manual_axis_type"):
-        axes = [t.manual_axis_type for t in types]
-        keywords = {"manual_axis_type": type(axes[0])(varying=frozenset().union(*(a.varying for a in axes)))}
-    else:
-        keywords = {"vma": frozenset().union(*(getattr(t, "vma", ()) for t in types))}
+    keywords: dict[str, Any] = {"vma": _varying(arrays)}
+    if hasattr(kind := jax.typeof(arrays[0]), "manual_axis_type"):
+        keywords = {"manual_axis_type": type(kind.manual_axis_type)(varying=keywords["vma"])}
     return jax.ShapeDtypeStruct(shape, dtype, **keywords)
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, each varying over the mesh axes that any of them varies over; themselves outside ``shard_map``.
+
+    A custom gradient must have the type of its argument, and that of weights all devices share varies with the tokens:
+    after this the weights vary as well, and JAX sums their gradients over the devices.
+    """
+    axes = _varying(arrays)
+    missing = [tuple(sorted(axes - _varying([x]))) for x in arrays]
+    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
+
+
+def varying_zeros(arrays: Sequence[jax.Array], shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Zeros that vary over the mesh axes that any of ``arrays`` varies over: what a loop starts with must say so."""
+    zeros, axes = jnp.zeros(shape, dtype), tuple(sorted(_varying(arrays)))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros

@@ -18,7 +18,8 @@ from experiments.runner import cost, stats
 from jaxaccel.compression import linear
 from jaxaccel.decoding.generate import Rules, advance, start
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import cached_model, generate, prepare
+from jaxaccel.models.drafts import cached_model
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import SnapKV, prefill
 from jaxaccel.models.weights import load_pretrained

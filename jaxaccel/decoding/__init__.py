@@ -1,6 +1,17 @@
 """Decoding: text as one compiled loop, and more than one token from each forward pass."""
 
-from jaxaccel.decoding.generate import CachedModel, DraftHeads, GenerationState, Rules, Typical, advance, run, start
+from jaxaccel.decoding.drafts import DraftHeads, DraftModel, PromptLookup
+from jaxaccel.decoding.generate import (
+    CachedModel,
+    DraftSource,
+    GenerationState,
+    Proposal,
+    Rules,
+    Typical,
+    advance,
+    run,
+    start,
+)
 from jaxaccel.decoding.heads_file import HeadsInfo, load_heads, save_heads
 from jaxaccel.decoding.medusa import (
     MedusaConfig,
@@ -16,8 +27,9 @@ from jaxaccel.decoding.medusa import (
     medusa_targets,
     rank_accuracies,
 )
-from jaxaccel.decoding.sampling import Sampling, next_tokens
-from jaxaccel.decoding.tree import TreeBuffers, build_tree, chain, expected_length, make_tree
+from jaxaccel.decoding.sampling import Sampling, law_logits, next_tokens
+from jaxaccel.decoding.speculative import verify_draft, verify_drawn
+from jaxaccel.decoding.tree import TreeBuffers, build_tree, chain, expected_length, make_tree, tree_from_parents
 from jaxaccel.decoding.verify import (
     Verification,
     propose,
@@ -32,11 +44,15 @@ from jaxaccel.decoding.verify import (
 __all__ = [
     "CachedModel",
     "DraftHeads",
+    "DraftModel",
+    "DraftSource",
     "GenerationState",
     "HeadsInfo",
     "MedusaConfig",
     "MedusaParams",
     "MedusaTargets",
+    "PromptLookup",
+    "Proposal",
     "Rules",
     "Sampling",
     "TreeBuffers",
@@ -47,6 +63,7 @@ __all__ = [
     "chain",
     "expected_length",
     "init_medusa_heads",
+    "law_logits",
     "load_heads",
     "make_tree",
     "medusa2_loss",
@@ -64,6 +81,9 @@ __all__ = [
     "sample_typical",
     "save_heads",
     "start",
+    "tree_from_parents",
+    "verify_draft",
+    "verify_drawn",
     "verify_greedy",
     "verify_greedy_ids",
     "verify_nucleus",

@@ -1,15 +1,15 @@
 """Generation of text as one compiled loop: plain or speculative decoding of any model with a cache.
 
 A step passes a small tree of tokens through the model: its root is the last token that was emitted, the other nodes
-are guesses of speculative heads. The path that the model itself would have taken stands; its tokens are emitted, and
-one more, which the model chose after the last of them. A tree of the root alone is plain decoding, so that both are the
-same loop, and with greedy verification they give the same text.
+are guesses of a cheaper source (`jaxaccel.decoding.drafts`). The path that the model itself would have taken stands;
+its tokens are emitted, and one more, which the model chose after the last of them. A tree of the root alone is plain
+decoding, so that both are the same loop, and with greedy verification they give the same text.
 
-The loop knows a model by three functions (`CachedModel`) and never looks into its cache. State is a pytree whose
-buffers are given away at each call, so the cache is updated in place.
+The loop knows a model by its functions (`CachedModel`) and never looks into its cache. State is a pytree whose buffers
+are given away at each call, so the cache is updated in place.
 
 When speculation helps: small batches, where a pass of several tokens costs little more than that of one, as weights are
-read once for all of them. When not: large batches, and heads that guess badly.
+read once for all of them. When not: large batches, and sources that guess badly.
 
 Source: Cai et al., Medusa, arXiv 2401.10774; Leviathan et al., arXiv 2211.17192.
 """
@@ -17,17 +17,17 @@ Source: Cai et al., Medusa, arXiv 2401.10774; Leviathan et al., arXiv 2211.17192
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxaccel.decoding.medusa import MedusaParams, medusa_hidden, medusa_logits
-from jaxaccel.decoding.sampling import Sampling, next_tokens
+from jaxaccel.decoding.sampling import Sampling, law_logits, next_tokens
+from jaxaccel.decoding.speculative import emitted_tokens, verify_drawn
 from jaxaccel.decoding.tree import TreeBuffers, chain
-from jaxaccel.decoding.verify import Verification, propose, verify_greedy_ids, verify_typical
+from jaxaccel.decoding.verify import Verification, verify_greedy_ids, verify_typical
 
 PLAIN = chain(0)
 """The tree of one node: a token at a time."""
@@ -37,11 +37,14 @@ class CachedModel(NamedTuple):
     """What the loop needs of a model. Keep the same functions between calls: they are part of what is compiled."""
 
     forward: Callable[..., Any]
-    """``(params, tokens [B, n], cache, positions [B, n], mask [n, n]) -> (hidden [B, n, D], new)``; reads the cache."""
+    """``(params, tokens [B, n], cache, positions [B, n], mask [n, n], live [B]) -> (hidden [B, n, D], new)``; reads the
+    cache. What it gives for sequences that are not ``live``, finished ones, is not read."""
     logits: Callable[..., Any]
     """``(params, hidden [..., D]) -> [..., V]``."""
     append: Callable[..., Any]
     """``(cache, new, nodes [B, m] or None, count [B] or None) -> cache`` with those of the n tokens stored."""
+    rewind: Callable[..., Any] | None = None
+    """``(cache, count [B]) -> cache`` without its last tokens; a model that guesses needs it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +53,6 @@ class Typical:
 
     epsilon: float = 0.09
     alpha: float = 0.3
-
-
-class DraftHeads(NamedTuple):
-    """Speculative heads as the loop takes them: a pytree.
-
-    Guessing among the few thousand tokens that are guessed at all, instead of the whole vocabulary, costs a draft that
-    much less memory traffic; a token outside is never guessed, and the text stays the same.
-    """
-
-    medusa: MedusaParams
-    rows: Any = None  # [V', D], rows of the model's output matrix, for heads without a vocabulary matrix of their own
-    token_ids: Any = None  # int32 [V'], the tokens that are guessed; None for the whole vocabulary
 
 
 class GenerationState(NamedTuple):
@@ -77,6 +68,7 @@ class GenerationState(NamedTuple):
     key: Any  # of the next step; () for greedy decoding
     steps: Any  # int32, passes through the model after the prompt
     histogram: Any  # int32 [max_depth + 1], how often 0, 1, ... guesses of a step stood, over unfinished sequences
+    draft: Any = ()  # what the source of guesses remembers, e.g. a cache of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +86,30 @@ class Rules:
             raise ValueError("typical acceptance needs a temperature above 0: greedy decoding accepts by argmax")
         if self.typical is not None and (self.sampling.top_k, self.sampling.top_p) != (None, None):
             raise ValueError("typical acceptance has no top_k and top_p: its own threshold takes their place")
+
+
+class Proposal(NamedTuple):
+    """Guesses of a source."""
+
+    tokens: Any  # int32 [B, n], of all nodes of the tree; the root is the last emitted token
+    logits: Any  # [B, n - 1, V], whose softmax each guess was drawn from; None where guesses were not drawn
+    draft: Any  # what the source remembers, until it is told what stood
+
+
+@runtime_checkable
+class DraftSource(Protocol):
+    """Where guesses come from: a pytree that is compiled into the loop. See `jaxaccel.decoding.drafts`."""
+
+    def check(self, rules: Rules, state: GenerationState) -> None:
+        """Raise a `ValueError` if it cannot fill the tree for this state."""
+
+    def propose(self, model: CachedModel, params: Any, state: GenerationState, rules: Rules, key: Any) -> Proposal:
+        """Fill the tree. ``key`` is ``None`` where guesses should not be drawn."""
+
+    def accept(
+        self, draft: Any, last: Int[Array, "B"], emitted: Int[Array, "B m"], accepted: Int[Array, "B"], rules: Rules
+    ) -> Any:
+        """What it remembers once ``accepted`` guesses stood and ``accepted`` + 1 tokens were emitted after ``last``."""
 
 
 def _record(
@@ -178,9 +194,9 @@ def _seen_by_node(seen: Bool[Array, "B V"], tokens: Int[Array, "B n"], tree: Tre
 
 
 def _verify(
-    logits: Float[Array, "B n V"], tokens: Int[Array, "B n"], state: GenerationState, rules: Rules, key: Any
+    logits: Float[Array, "B n V"], proposal: Proposal, state: GenerationState, rules: Rules, key: Any
 ) -> Verification:
-    tree, sampling = rules.tree, rules.sampling
+    tree, sampling, tokens = rules.tree, rules.sampling, proposal.tokens
     seen = _seen_by_node(state.seen, tokens, tree) if sampling.repetition_penalty != 1 else None
     if rules.typical is not None:
         if seen is not None or sampling.vocab_size is not None:
@@ -189,6 +205,8 @@ def _verify(
             logits, tokens, tree, temperature=sampling.temperature, epsilon=rules.typical.epsilon,
             alpha=rules.typical.alpha, key=key,
         )  # fmt: skip
+    if proposal.logits is not None:
+        return verify_drawn(law_logits(logits, sampling, seen=seen), proposal.logits, tokens, tree, key=key)
     # Drawn after every node: a guess stands if it is what was drawn after its parent, so the law of the text is that of
     # drawing token by token. Greedily, what is drawn is the argmax.
     drawn = next_tokens(logits, sampling, key=key, seen=seen)
@@ -196,34 +214,30 @@ def _verify(
 
 
 def step(
-    model: CachedModel, params: Any, heads: DraftHeads | None, state: GenerationState, rules: Rules
+    model: CachedModel, params: Any, source: DraftSource | None, state: GenerationState, rules: Rules
 ) -> GenerationState:
     """One pass through the model: emits one token for each sequence, and one for each guess that stands."""
-    tree = rules.tree
+    tree, guess = rules.tree, None
     key, later = (None, ()) if rules.sampling.greedy else tuple(jax.random.split(state.key))
     if tree.max_depth:
-        assert heads is not None
-        medusa = heads.medusa
-        if medusa.vocab is None and heads.rows is None:  # they share the model's own
-            guesses = model.logits(params, medusa_hidden(medusa, state.hidden).astype(state.hidden.dtype))
-        else:
-            guesses = medusa_logits(medusa, state.hidden, lm_head=heads.rows)
-        tokens, _ = propose(guesses, None, tree, root=state.last, token_ids=heads.token_ids)
+        assert source is not None
+        if key is not None:
+            key, guess = jax.random.split(key)
+        # Typical acceptance judges guesses by the model alone: the likeliest ones are the best.
+        proposal = source.propose(model, params, state, rules, None if rules.typical is not None else guess)
     else:
-        tokens = state.last[:, None]
+        proposal = Proposal(state.last[:, None], None, state.draft)
+    tokens = proposal.tokens
     positions = state.cache.position[:, None] + tree.depth
-    hidden, new = model.forward(params, tokens, state.cache, positions, jnp.asarray(tree.attn_mask))
-    result = _verify(model.logits(params, hidden), tokens, state, rules, key)
+    hidden, new = model.forward(params, tokens, state.cache, positions, jnp.asarray(tree.attn_mask), ~state.done)
+    result = _verify(model.logits(params, hidden), proposal, state, rules, key)
+    draft = state.draft
     if tree.max_depth:
-        at = result.nodes[:, -1]
-        emitted = jnp.take_along_axis(tokens, result.nodes, 1)[:, 1:]
-        # The token after the path stands where the path ends.
-        emitted = jnp.concatenate([emitted, result.next_token[:, None]], 1)
-        emitted = jnp.where(
-            jnp.arange(emitted.shape[1]) == result.accepted[:, None], result.next_token[:, None], emitted
-        )
+        assert source is not None
+        emitted = emitted_tokens(tokens, result)
         cache = model.append(state.cache, new, result.nodes, result.accepted + 1)
-        hidden = jnp.take_along_axis(hidden, at[:, None, None], 1)[:, 0]
+        hidden = jnp.take_along_axis(hidden, result.nodes[:, -1:, None], 1)[:, 0]
+        draft = source.accept(proposal.draft, state.last, emitted, result.accepted, rules)
     else:
         emitted, hidden = result.next_token[:, None], hidden[:, 0]
         # Always 1, but known only once the token is: by then the cache has been read, and can be written in place.
@@ -231,14 +245,15 @@ def step(
     histogram = state.histogram.at[result.accepted].add(jnp.where(state.done, 0, 1))
     state = _record(state, emitted, result.accepted + 1, rules)
     return state._replace(
-        cache=cache, hidden=hidden, last=result.next_token, key=later, steps=state.steps + 1, histogram=histogram
-    )
+        cache=cache, hidden=hidden, last=result.next_token, key=later, steps=state.steps + 1, histogram=histogram,
+        draft=draft,
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rules"), donate_argnames=("state",))
 def advance(
     params: Any,
-    heads: DraftHeads | None,
+    source: DraftSource | None,
     state: GenerationState,
     max_steps: Int[Array, ""],
     *,
@@ -251,7 +266,7 @@ def advance(
     def going(state: GenerationState) -> Bool[Array, ""]:
         return ~state.done.all() & (state.steps < end)
 
-    return jax.lax.while_loop(going, lambda s: step(model, params, heads, s, rules), state)
+    return jax.lax.while_loop(going, lambda s: step(model, params, source, s, rules), state)
 
 
 def run(
@@ -260,7 +275,7 @@ def run(
     *,
     model: CachedModel,
     rules: Rules,
-    heads: DraftHeads | None = None,
+    source: DraftSource | None = None,
     callback: Callable[[np.ndarray, np.ndarray], None] | None = None,
     every: int = 8,
 ) -> GenerationState:
@@ -271,7 +286,7 @@ def run(
         state: from `start`; it is given away.
         model: its functions.
         rules: of the loop.
-        heads: for a tree with guesses.
+        source: of guesses, for a tree that has any.
         callback: is told tokens [B, max_new_tokens] and counts [B] about every ``every`` steps, and at the end, for
             showing text as it comes. Without it the whole generation is one call.
         every: steps between two calls.
@@ -280,27 +295,20 @@ def run(
         The last state.
 
     Raises:
-        ValueError: if the tree is deeper than there are heads, ``every`` is below 1.
+        ValueError: if the source is missing or cannot fill the tree, ``every`` is below 1.
     """
     depth = rules.tree.max_depth
-    if depth and heads is None:
-        raise ValueError(f"the tree guesses {depth} tokens ahead, but no heads are given")
-    if heads is not None:
-        count, _, width, _ = heads.medusa.weight.shape
-        if count < depth:
-            raise ValueError(f"the tree guesses {depth} tokens ahead, but there are only {count} heads")
-        if width != state.hidden.shape[-1]:
-            raise ValueError(
-                f"heads are for a model of width {width}, but this one has {state.hidden.shape[-1]}: they belong to "
-                "another model"
-            )
+    if depth and source is None:
+        raise ValueError(f"the tree guesses {depth} tokens ahead, but no source of guesses is given")
+    if source is not None:
+        source.check(rules, state)
     if every < 1:
         raise ValueError(f"every is {every}, expected at least 1")
     length = state.tokens.shape[1]
     if callback is None:
-        return advance(params, heads, state, jnp.int32(length), model=model, rules=rules)
+        return advance(params, source, state, jnp.int32(length), model=model, rules=rules)
     callback(np.asarray(state.tokens), np.asarray(state.count))
     while not bool(state.done.all()):
-        state = advance(params, heads, state, jnp.int32(every), model=model, rules=rules)
+        state = advance(params, source, state, jnp.int32(every), model=model, rules=rules)
         callback(np.asarray(state.tokens), np.asarray(state.count))
     return state

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxaccel.decoding.verify import sample_nucleus
+from jaxaccel.decoding.verify import nucleus_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,45 @@ def penalise(logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: f
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def law_logits(
+    logits: Float[Array, "*B V"], sampling: Sampling, *, seen: Bool[Array, "*B V"] | None = None
+) -> Float[Array, "*B V"]:
+    """Logits whose softmax is the law of the next token; greedily, their argmax is that token.
+
+    Args:
+        logits: in any float type.
+        sampling: the rules.
+        seen: which tokens occurred; needed for a repetition penalty.
+
+    Returns:
+        At least float32; -inf for tokens that are never taken.
+
+    Raises:
+        ValueError: if ``seen`` is missing, or ``top_k`` or ``vocab_size`` exceeds V.
+
+    >>> law_logits(jnp.array([0.0, 3.0, 1.0]), Sampling(temperature=0.5, top_k=2)).tolist()
+    [-inf, 6.0, 2.0]
+    """
+    vocab = logits.shape[-1]
+    for name in ("top_k", "vocab_size"):
+        if (getattr(sampling, name) or 0) > vocab:
+            raise ValueError(f"{name} is {getattr(sampling, name)}, but logits have {vocab} entries")
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if sampling.vocab_size is not None and sampling.vocab_size < vocab:
+        logits = jnp.where(jnp.arange(vocab) < sampling.vocab_size, logits, -jnp.inf)
+    if sampling.repetition_penalty != 1:
+        if seen is None:
+            raise ValueError("a repetition penalty needs seen: which tokens occurred")
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        return logits
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    return nucleus_logits(logits, temperature=sampling.temperature, top_p=top_p)
+
+
 def next_tokens(
     logits: Float[Array, "*B V"],
     sampling: Sampling,
@@ -83,24 +122,9 @@ def next_tokens(
     >>> next_tokens(jnp.array([[0.0, 3.0, 1.0]]), Sampling()).tolist()
     [1]
     """
-    vocab = logits.shape[-1]
-    for name in ("top_k", "vocab_size"):
-        if (getattr(sampling, name) or 0) > vocab:
-            raise ValueError(f"{name} is {getattr(sampling, name)}, but logits have {vocab} entries")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if sampling.vocab_size is not None and sampling.vocab_size < vocab:
-        logits = jnp.where(jnp.arange(vocab) < sampling.vocab_size, logits, -jnp.inf)
-    if sampling.repetition_penalty != 1:
-        if seen is None:
-            raise ValueError("a repetition penalty needs seen: which tokens occurred")
-        logits = penalise(logits, seen, sampling.repetition_penalty)
+    kept = law_logits(logits, sampling, seen=seen)
     if sampling.greedy:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
+        return jnp.argmax(kept, -1).astype(jnp.int32)
     if key is None:
         raise ValueError("sampling with a temperature needs a key")
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        return sample_nucleus(key, logits, temperature=sampling.temperature, top_p=sampling.top_p)
-    return jax.random.categorical(key, logits / sampling.temperature).astype(jnp.int32)
+    return jax.random.categorical(key, kept).astype(jnp.int32)

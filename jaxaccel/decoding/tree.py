@@ -246,3 +246,36 @@ def chain(depth: int) -> TreeBuffers:
     if operator.index(depth) < 0:
         raise ValueError(f"depth must be at least 0, got {depth}")
     return make_tree([(0,) * length for length in range(1, depth + 1)], top_k=1)
+
+
+def tree_from_parents(parents: Sequence[int] | Int[np.ndarray, "n"]) -> tuple[TreeBuffers, Int[np.ndarray, "n"]]:
+    """Lay out a tree that is given by the parent of each of its n guesses.
+
+    Args:
+        parents: of guess i, the number of the guess before it, or -1 for one that follows the root. A guess comes after
+            its parent.
+
+    Returns:
+        The tree, and which guess its nodes 1, 2, ... are: a tree numbers its nodes level by level.
+
+    Raises:
+        ValueError: if a parent does not come before its child.
+
+    >>> tree, order = tree_from_parents([-1, 0, -1])
+    >>> tree.paths, order.tolist()
+    (((0,), (1,), (0, 0)), [0, 2, 1])
+    """
+    places: list[Path] = []
+    children = [0] * (len(parents) + 1)
+    for guess, value in enumerate(parents):
+        parent = operator.index(value)
+        if not -1 <= parent < guess:
+            raise ValueError(
+                f"tree_parent[{guess}] is {parent}, expected -1 (the root) or the number of an earlier guess: a guess "
+                "comes after its parent"
+            )
+        places.append((places[parent] if parent >= 0 else ()) + (children[parent],))
+        children[parent] += 1
+    tree = make_tree(places, top_k=max(children, default=0) or 1)
+    number = {place: guess for guess, place in enumerate(places)}
+    return tree, np.array([number[path] for path in tree.paths], np.int32)

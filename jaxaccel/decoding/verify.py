@@ -319,6 +319,29 @@ def _nucleus(p: Float[Array, "*B V"], top_p: ArrayLike) -> Bool[Array, "*B V"]:
     return bits >= low[..., None]
 
 
+def nucleus_logits(logits: Float[Array, "*B V"], *, temperature: ArrayLike, top_p: ArrayLike) -> Float[Array, "*B V"]:
+    """Logits whose softmax is the law that `sample_nucleus` draws from: scaled, and -inf outside the nucleus.
+
+    Args:
+        logits: of the model.
+        temperature: > 0.
+        top_p: in (0, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    >>> import jax.numpy as jnp
+    >>> nucleus_logits(jnp.array([0.0, 2.0]), temperature=2.0, top_p=0.5).tolist()
+    [-inf, 1.0]
+    """
+    _check_temperature(temperature)
+    _check_number("top_p", top_p, 0.0, 1.0, "in (0, 1]")
+    scaled = _scaled(logits, temperature)
+    # Everything is kept if p >= 0: no test of a sum against 1, which rounding would decide.
+    whole = isinstance(top_p, (int, float)) and top_p == 1
+    return scaled if whole else jnp.where(_nucleus(jax.nn.softmax(scaled, -1), top_p), scaled, -jnp.inf)
+
+
 def sample_nucleus(
     key: PRNGKeyArray, logits: Float[Array, "*B V"], *, temperature: ArrayLike, top_p: ArrayLike
 ) -> Int[Array, "*B"]:
@@ -341,12 +364,7 @@ def sample_nucleus(
     >>> int(sample_nucleus(jax.random.key(0), logits, temperature=1.0, top_p=0.5))
     1
     """
-    _check_temperature(temperature)
-    _check_number("top_p", top_p, 0.0, 1.0, "in (0, 1]")
-    scaled = _scaled(logits, temperature)
-    # Everything is kept if p >= 0: no test of a sum against 1, which rounding would decide.
-    whole = isinstance(top_p, (int, float)) and top_p == 1
-    kept = scaled if whole else jnp.where(_nucleus(jax.nn.softmax(scaled, -1), top_p), scaled, -jnp.inf)
+    kept = nucleus_logits(logits, temperature=temperature, top_p=top_p)
     return jax.random.categorical(key, kept).astype(jnp.int32)
 
 

@@ -12,9 +12,11 @@ from jaxaccel.models.decoder import (
     stack_layers,
     unstack_layers,
 )
-from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
-from jaxaccel.models.generation import Drafts, Generation, generate, prepare
-from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
+from jaxaccel.models.decoder_config import BlockFFNConfig, DecoderConfig, RopeScaling
+from jaxaccel.models.decoder_ffn import expert_union
+from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
+from jaxaccel.models.generation import Generation, generate, prepare
+from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 from jaxaccel.models.transformer import CharLM, TransformerBlock, VisionTransformer
 from jaxaccel.models.weights import load_pretrained
@@ -22,14 +24,17 @@ from jaxaccel.models.weights import load_pretrained
 __all__ = [
     "CNN",
     "MLP",
+    "BlockFFNConfig",
     "BlockTopK",
     "CharLM",
     "Decoder",
     "DecoderConfig",
+    "DraftDecoder",
     "Drafts",
     "Forward",
     "Generation",
     "KVCache",
+    "Lookup",
     "NewTokens",
     "ResNet18",
     "RopeScaling",
@@ -40,6 +45,7 @@ __all__ = [
     "decoder_forward",
     "decoder_logits",
     "empty_cache",
+    "expert_union",
     "fuse",
     "generate",
     "init_params",
@@ -48,6 +54,7 @@ __all__ = [
     "pad_prompts",
     "prefill",
     "prepare",
+    "rewind",
     "stack_layers",
     "unstack_layers",
 ]

@@ -3,8 +3,9 @@
     x ← x + Wₒ Attention(W_q n(x), W_k n(x), W_v n(x)),   x ← x + W₂ (silu(W₁ m(x)) ⊙ W₃ m(x)),   n, m = RMSNorm
     logits = W RMSNorm(x)
 
-Post-norm is x ← n(x + f(x)). The model is a pure function of a tree of arrays (`init_params`, `decoder_forward`); the
-module `Decoder` holds the same tree for those who train with Flax NNX.
+Post-norm is x ← n(x + f(x)). Sparse experts may take the place of the SwiGLU network (`BlockFFNConfig`). The model is a
+pure function of a tree of arrays (`init_params`, `decoder_forward`); the module `Decoder` holds the same tree for those
+who train with Flax NNX.
 
 Llama (arXiv 2302.13971), GQA (2305.13245), GEB-1.3B (2406.09900).
 """
@@ -19,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxaccel.compression import Int8Weight, linear, take_rows
 from jaxaccel.models.decoder_attention import attend_cached, attend_new
 from jaxaccel.models.decoder_config import DecoderConfig, parameter_shapes
+from jaxaccel.models.decoder_ffn import feed_forward
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, empty_cache
 from jaxaccel.models.rotary import rotary_angles, rotate
+from jaxaccel.moe import Routing
 
 Params = dict[str, Any]
 Layer = dict[str, Any]
@@ -32,6 +35,7 @@ class Forward(NamedTuple):
     hidden: Any  # [B, n, D], after the final norm: `decoder_logits` and speculative heads start from it
     new: NewTokens  # keys and values of the n tokens, for `append`
     queries: Any  # per layer [B, W, N, H], rotated queries at `query_rows`; () where none were asked for
+    routing: Any = ()  # Routing of [L, B, n, Ne] each, for losses and metrics of sparse experts; () without them
 
 
 # Parameters ----------------------------------------------------------------------------------------------------------
@@ -49,12 +53,12 @@ def init_params(key: Key[Array, ""], config: DecoderConfig, dtype: Any = jnp.flo
     arrays = []
     for number, (path, shape) in enumerate(leaves):
         name = str(getattr(path[-1], "key", ""))
-        if name.endswith("norm"):
+        if name.endswith("norm") or name == "gamma":
             arrays.append(jnp.ones(shape, dtype))
         elif name.endswith("bias"):
             arrays.append(jnp.zeros(shape, dtype))
         else:
-            deviation = 0.02 * ((2 * config.num_layers) ** -0.5 if name in ("o", "down") else 1)
+            deviation = 0.02 * ((2 * config.num_layers) ** -0.5 if name in ("o", "down", "expert_down") else 1)
             arrays.append(deviation * jax.random.normal(jax.random.fold_in(key, number), shape, dtype))
     params: Params = jax.tree.unflatten(tree, arrays)
     return stack_layers(params) if config.scan_layers else params
@@ -63,6 +67,11 @@ def init_params(key: Key[Array, ""], config: DecoderConfig, dtype: Any = jnp.flo
 def is_stacked(params: Params) -> bool:
     """Whether the layers are stacked for a scan."""
     return isinstance(params["layers"], dict) and "attention_norm" in params["layers"]
+
+
+def has_experts(params: Params) -> bool:
+    """Whether the feed-forward networks are sparse experts."""
+    return "router" in (params["layers"] if is_stacked(params) else params["layers"][0])
 
 
 def stack_layers(params: Params) -> Params:
@@ -99,7 +108,9 @@ def fuse(params: Params) -> Params:
             for name, leaf in layer.items()
             if name.removesuffix("_bias") not in ("q", "k", "v", "gate", "up")
         }
-        rest |= {"qkv": join(layer, ("q", "k", "v")), "gate_up": join(layer, ("gate", "up"))}
+        rest["qkv"] = join(layer, ("q", "k", "v"))
+        if "gate" in layer:
+            rest["gate_up"] = join(layer, ("gate", "up"))
         return rest | ({"qkv_bias": join(layer, ("q", "k", "v"), "_bias")} if "q_bias" in layer else {})
 
     layers = params["layers"]
@@ -128,14 +139,6 @@ def _qkv(layer: Layer, x: Array, config: DecoderConfig) -> tuple[Array, Array, A
     return tuple(part.reshape(*x.shape[:2], -1, size) for part in (q, k, v))  # type: ignore[return-value]
 
 
-def _mlp(layer: Layer, x: Array) -> Array:
-    if "gate_up" in layer:
-        gate, up = jnp.split(linear(x, layer["gate_up"]), 2, -1)
-    else:
-        gate, up = linear(x, layer["gate"]), linear(x, layer["up"])
-    return linear(jax.nn.silu(gate) * up, layer["down"])
-
-
 class Context(NamedTuple):
     """What all layers of a pass share."""
 
@@ -144,12 +147,15 @@ class Context(NamedTuple):
     length: Any  # int32 [B]; None without a cache
     query_rows: Any  # int32 [B, W]; None where no queries are asked for
     sparse: Any  # BlockTopK or None
+    real: Any = None  # bool [B, n], tokens that are no padding; None for all
 
 
-def prompt_context(x: Float[Array, "B T D"], config: DecoderConfig, query_rows: Any = None) -> Context:
+def prompt_context(
+    x: Float[Array, "B T D"], config: DecoderConfig, query_rows: Any = None, real: Bool[Array, "B T"] | None = None
+) -> Context:
     """The context of a prompt: positions from 0 on, no cache."""
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return Context(rotary_angles(positions, config), None, None, query_rows, None)
+    return Context(rotary_angles(positions, config), None, None, query_rows, None, real)
 
 
 def embed(params: Params, tokens: Int[Array, "B n"], config: DecoderConfig) -> Float[Array, "B n D"]:
@@ -159,7 +165,7 @@ def embed(params: Params, tokens: Int[Array, "B n"], config: DecoderConfig) -> F
 
 
 def block(layer: Layer, x: Array, cached: Any, context: Context, config: DecoderConfig) -> tuple[Array, Any]:
-    """One block; also returns the new keys and values, and queries if they are asked for.
+    """One block; also returns the new keys and values, queries if they are asked for, and the routing of experts.
 
     Args:
         layer: parameters.
@@ -169,7 +175,7 @@ def block(layer: Layer, x: Array, cached: Any, context: Context, config: Decoder
         config: of the model.
 
     Returns:
-        The stream after it; keys and values [B, K, n, H], and queries [B, W, N, H] or ().
+        The stream after it; keys and values [B, K, n, H], queries [B, W, N, H] or (), and a `Routing` or ().
     """
     pre = config.norm == "pre"
     q, k, v = _qkv(layer, rms_norm(x, layer["attention_norm"], config.norm_eps) if pre else x, config)
@@ -184,13 +190,15 @@ def block(layer: Layer, x: Array, cached: Any, context: Context, config: Decoder
     added = linear(mixed.reshape(*x.shape[:2], -1), layer["o"])
     if pre:
         x = x + added
-        x = x + _mlp(layer, rms_norm(x, layer["mlp_norm"], config.norm_eps))
+        changed, routing = feed_forward(layer, rms_norm(x, layer["mlp_norm"], config.norm_eps), config, context.real)
+        x = x + changed
     else:
         x = rms_norm(x + added, layer["attention_norm"], config.norm_eps)
-        x = rms_norm(x + _mlp(layer, x), layer["mlp_norm"], config.norm_eps)
+        changed, routing = feed_forward(layer, x, config, context.real)
+        x = rms_norm(x + changed, layer["mlp_norm"], config.norm_eps)
     rows = context.query_rows
     kept = () if rows is None else jnp.take_along_axis(q, rows[:, :, None, None], 1)
-    return x, (k, v, kept)
+    return x, (k, v, kept, routing)
 
 
 def decoder_forward(
@@ -202,6 +210,7 @@ def decoder_forward(
     cache: KVCache | None = None,
     mask: Bool[Array, "_ _"] | None = None,
     query_rows: Int[Array, "B W"] | None = None,
+    real: Bool[Array, "B n"] | None = None,
 ) -> Forward:
     """Pass tokens through the decoder: a text or a prompt without a cache, further tokens with one.
 
@@ -213,9 +222,11 @@ def decoder_forward(
         cache: earlier tokens. It is read only: store the new ones with `append`.
         mask: which new token sees which; causal by default. Only with a cache: a tree of drafts, for example.
         query_rows: at which tokens to return the rotated queries, for compressing a prompt.
+        real: which tokens are no padding; all by default. Only sparse experts look at it: padding takes no expert, and
+            so none is read for it. What it gives means nothing.
 
     Returns:
-        Hidden states, keys, values, queries.
+        Hidden states, keys, values, queries, and of sparse experts the routing of all layers.
 
     Raises:
         ValueError: for more tokens than the model has positions, shapes that do not fit, a mask without a cache.
@@ -243,6 +254,7 @@ def decoder_forward(
         None if cache is None else cache.length,
         query_rows,
         None if cache is None else cache.sparse,
+        real,
     )
     x, layers = embed(params, tokens, config), params["layers"]
     if isinstance(layers, dict) and "attention_norm" in layers:
@@ -250,20 +262,28 @@ def decoder_forward(
         def scanned(x: Array, xs: tuple[Layer, Any]) -> tuple[Array, Any]:
             return block(xs[0], x, xs[1], context, config)
 
-        x, (keys, values, queries) = jax.lax.scan(scanned, x, (layers, None if cache is None else cache.layers))
+        x, (keys, values, queries, routing) = jax.lax.scan(
+            scanned, x, (layers, None if cache is None else cache.layers)
+        )
     else:
         outputs = []
         for i in range(config.num_layers):
             x, output = block(layers[i], x, None if cache is None else cache.layers[i], context, config)
             outputs.append(output)
-        keys, values, queries = zip(*outputs, strict=True)
+        keys, values, queries, routings = zip(*outputs, strict=True)
+        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
-    return Forward(hidden, NewTokens(keys, values), queries if query_rows is not None else ())
+    return Forward(hidden, NewTokens(keys, values), queries if query_rows is not None else (), routing)
 
 
 def output_matrix(params: Params) -> Any:
     """Rows [V, D] that give logits: ``head``, or the embedding where parameters have none."""
     return params["head"] if "head" in params else params["embedding"]
+
+
+def float_dtype(params: Params) -> Any:
+    """The dtype of what is not quantised: that of the cache, by default."""
+    return jax.tree.leaves(params["final_norm"])[0].dtype
 
 
 def decoder_logits(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -328,5 +348,10 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits of the next token at each position."""
+        return self.with_routing(tokens)[0]
+
+    def with_routing(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], Routing | tuple[()]]:
+        """Logits, and the routing of sparse experts in all layers, for their losses; () without them."""
         params = self.parameters()
-        return decoder_logits(params, decoder_forward(params, tokens, self.config).hidden)
+        result = decoder_forward(params, tokens, self.config)
+        return decoder_logits(params, result.hidden), result.routing

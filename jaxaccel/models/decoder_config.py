@@ -26,6 +26,39 @@ class RopeScaling:
     original_positions: int = 8192
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockFFNConfig:
+    """Sparse experts instead of the SwiGLU network: see `jaxaccel.moe.block_ffn`.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    num_experts: int
+    """Ne."""
+    expert_dim: int
+    """Neurons of an expert. A SwiGLU network of width F has as many weights where 2·Ne·expert_dim = 3·F."""
+    eps: float = 1e-5
+    """Added to the mean square of the router's activations."""
+    sparse: Literal["auto"] | bool = "auto"
+    """Whether a pass reads only the experts that its tokens use: ``"auto"`` does so for at most 64 tokens."""
+    max_active: int | None = None
+    """Most experts that are read one by one; where more are used, all are."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "expert_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps}, expected a positive number")
+        if self.sparse not in ("auto", True, False):
+            raise ValueError(f"sparse is {self.sparse!r}, expected 'auto', True or False")
+        if self.max_active is not None and not 1 <= self.max_active <= self.num_experts:
+            raise ValueError(f"max_active is {self.max_active}, expected 1 to num_experts = {self.num_experts}")
+        if self.max_active is not None and self.sparse is False:
+            raise ValueError("max_active is given, but sparse=False reads all experts")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Numbers that make a decoder. Defaults are GEB-1.3B's.
@@ -44,7 +77,7 @@ class DecoderConfig:
     hidden_size: int = 2048
     """Width D."""
     intermediate_size: int = 5632
-    """Width F of the SwiGLU network."""
+    """Width F of the SwiGLU network; not read with ``block_ffn``."""
     num_layers: int = 24
     """Blocks L."""
     num_heads: int = 16
@@ -75,6 +108,8 @@ class DecoderConfig:
     """How the tokens of a prompt, and new ones, attend."""
     attention_ridge: float = 1.0
     """Ridge of local linear attention."""
+    block_ffn: BlockFFNConfig | None = None
+    """Sparse experts in the place of the SwiGLU network."""
     dtype: str | None = None
     """Of activations; that of the embedding by default. Norms, softmax and rotations are always worked in float32."""
     scan_layers: bool = False
@@ -147,10 +182,13 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "v": (keys, width),
         "o": (width, queries),
         "mlp_norm": (width,),
-        "gate": (inner, width),
-        "up": (inner, width),
-        "down": (width, inner),
     }
+    if config.block_ffn is None:
+        shapes |= {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    else:
+        experts, neurons = config.block_ffn.num_experts, config.block_ffn.expert_dim
+        slabs = (experts, neurons, width)
+        shapes |= {"router": (width, experts), "gamma": (experts,), "expert_up": slabs, "expert_down": slabs}
     if config.qkv_bias:
         shapes |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
     return shapes

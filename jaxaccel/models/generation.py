@@ -4,10 +4,10 @@
     out = generate(params, tokens, config, max_new_tokens=64)
 
 What composes: weights in 16 or 8 bits (`prepare`), a prompt compressed to its important tokens (`SnapKV`), a long cache
-read by blocks (`BlockTopK`), speculative heads (`Drafts`).
+read by blocks (`BlockTopK`), guesses of speculative heads (`Drafts`), of a smaller model (`DraftDecoder`) or of the
+text itself (`Lookup`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,40 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jaxaccel.compression import quantize_weights, take_rows
-from jaxaccel.decoding.generate import PLAIN, CachedModel, DraftHeads, GenerationState, Rules, Typical, run, start
-from jaxaccel.decoding.medusa import MedusaParams
+from jaxaccel.compression import quantize_weights
+from jaxaccel.decoding.generate import PLAIN, GenerationState, Rules, Typical, run, start
 from jaxaccel.decoding.sampling import Sampling
-from jaxaccel.decoding.tree import TreeBuffers
-from jaxaccel.models.decoder import decoder_forward, decoder_logits, fuse, is_stacked, output_matrix, unstack_layers
+from jaxaccel.models.decoder import float_dtype, fuse, has_experts, is_stacked, unstack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append
+from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup, cached_model
+from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import PROMPT_STEP, SnapKV, pad_prompts, prefill
-
-
-@dataclasses.dataclass(frozen=True)
-class Drafts:
-    """Speculative heads and the tree that they fill."""
-
-    heads: MedusaParams
-    tree: TreeBuffers
-    token_ids: Any = None
-    """int32 [V'], the tokens that the heads guess among; the whole vocabulary by default. Heads with a matrix of their
-    own have one row for each of these."""
-
-
-def check_drafts(drafts: Drafts, config: DecoderConfig) -> None:
-    """Raise a `ValueError` if heads belong to another model than that of ``config``."""
-    width, words = drafts.heads.weight.shape[-1], config.vocab_size
-    if drafts.token_ids is not None:  # they know a part of the vocabulary, and not how large it is
-        words = max(words, int(np.max(drafts.token_ids)) + 1)
-    elif drafts.heads.vocab is not None:
-        words = drafts.heads.vocab.shape[1]
-    if (width, words) != (config.hidden_size, config.vocab_size):
-        raise ValueError(
-            f"heads of another model, of width {width} with {words} tokens; this one has width {config.hidden_size} "
-            f"and {config.vocab_size} tokens"
-        )
 
 
 class Generation(NamedTuple):
@@ -68,24 +42,15 @@ def prepare(params: Any, dtype: Literal["float32", "bfloat16", "int8"] = "float3
     Args:
         params: of a decoder, in any form.
         dtype: ``"bfloat16"`` converts everything, activations with it; ``"int8"`` the matrices.
+
+    Raises:
+        ValueError: for another ``dtype``, or sparse experts in ``"int8"``: their kernels read float slabs.
     """
     params = jax.tree.map(jnp.asarray, params)  # files give NumPy arrays
     params = unstack_layers(params) if is_stacked(params) else params
+    if dtype == "int8" and has_experts(params):
+        raise ValueError("dtype is 'int8', but the parameters hold sparse experts: expected 'float32' or 'bfloat16'")
     return quantize_weights(fuse(params), dtype)
-
-
-@functools.cache
-def cached_model(config: DecoderConfig) -> CachedModel:
-    """The functions that `jaxaccel.decoding.generate` drives, the same ones for equal configurations."""
-
-    def forward(params: Any, tokens: Array, cache: KVCache, positions: Array, mask: Array) -> tuple[Array, NewTokens]:
-        result = decoder_forward(params, tokens, config, positions=positions, cache=cache, mask=mask)
-        return result.hidden, result.new
-
-    def store(cache: KVCache, new: NewTokens, nodes: Array | None, count: Array | None) -> KVCache:
-        return append(cache, new, nodes=nodes, count=count)
-
-    return CachedModel(forward, decoder_logits, store)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "max_new_tokens"))
@@ -128,7 +93,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     stop_ids: Sequence[int] = (),
     pad_id: int = 0,
-    drafts: Drafts | None = None,
+    drafts: Drafts | DraftDecoder | Lookup | None = None,
     typical: Typical | None = None,
     snapkv: SnapKV | None = None,
     sparse: BlockTopK | None = None,
@@ -148,7 +113,8 @@ def generate(
         key: for sampling: the same key gives the same text.
         stop_ids: a sequence ends with the first of these.
         pad_id: fills the rest of its row.
-        drafts: speculative heads and their tree. Greedy text stays what it is without, up to ties in the last bit.
+        drafts: where guesses come from. Greedy text stays what it is without, up to ties in the last bit, and sampled
+            text keeps its law.
         typical: accept drafts by the typical rule, with a temperature.
         snapkv: compress prompts.
         sparse: read the cache by blocks.
@@ -161,7 +127,7 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt, ids that the model does not have, a prompt that does not fit, numbers out of
-            range, heads of another model.
+            range, heads of another model, a draft model with another vocabulary.
 
     >>> from jaxaccel.models.decoder import init_params
     >>> config = DecoderConfig.tiny()
@@ -182,29 +148,17 @@ def generate(
         tokens = tokens[:, : max(config.max_positions, int(count.max()))]
     _check_prompts(tokens, count, config, max_new_tokens)
     if drafts is not None:
-        check_drafts(drafts, config)
-    rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, PLAIN if drafts is None else drafts.tree, typical)
-    dtype = jnp.dtype(cache_dtype or config.dtype or _float_dtype(params))
+        drafts.check(config)
+    tree = PLAIN if drafts is None else drafts.tree
+    rules = Rules(sampling or Sampling(), tuple(stop_ids), pad_id, tree, typical)
+    dtype = jnp.dtype(cache_dtype or config.dtype or float_dtype(params))
     ids, real = jnp.asarray(tokens), jnp.asarray(count)
-    room = max_new_tokens + rules.tree.max_depth + 1
+    room = max_new_tokens + tree.max_depth + 1
     logits, hidden, cache = prefill(
         params, ids, real, config, room=room, cache_dtype=dtype, snapkv=snapkv, sparse=sparse
     )
     state = _start(logits, hidden, ids, real, key, rules=rules, max_new_tokens=max_new_tokens)
-    state = state._replace(cache=cache)
-    heads = None if drafts is None else _draft_heads(params, drafts)
-    state = run(params, state, model=cached_model(config), rules=rules, heads=heads, callback=callback, every=every)
+    source, draft = (None, ()) if drafts is None else drafts.source(params, ids, real, state.last, room)
+    state = state._replace(cache=cache, draft=draft)
+    state = run(params, state, model=cached_model(config), rules=rules, source=source, callback=callback, every=every)
     return Generation(state.tokens, state.count, state.steps, state.histogram)
-
-
-def _draft_heads(params: Any, drafts: Drafts) -> DraftHeads:
-    if drafts.token_ids is None:
-        return DraftHeads(drafts.heads)
-    ids = jnp.asarray(drafts.token_ids, jnp.int32)
-    if drafts.heads.vocab is not None:
-        return DraftHeads(drafts.heads, None, ids)
-    return DraftHeads(drafts.heads, take_rows(output_matrix(params), ids), ids)
-
-
-def _float_dtype(params: Any) -> Any:
-    return jax.tree.leaves(params["final_norm"])[0].dtype

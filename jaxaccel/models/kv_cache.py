@@ -183,3 +183,18 @@ def append(
         layers = jax.vmap(lambda kept, new: layer(kept, new.keys, new.values))(cache.layers, new)
     length = jnp.minimum(cache.length + counts, cache.size)
     return dataclasses.replace(cache, layers=layers, length=length, position=cache.position + counts)
+
+
+def rewind(cache: KVCache, count: Int[Array, "B"]) -> KVCache:
+    """The cache without the last ``count`` tokens of each sequence: their slots are written again.
+
+    Raises:
+        ValueError: for a cache that is read by blocks, whose summaries cannot forget a token.
+
+    >>> cache = append(empty_cache(1, 1, 4, 1, 2), NewTokens((jnp.ones((1, 1, 3, 2)),), (jnp.ones((1, 1, 3, 2)),)))
+    >>> rewind(cache, jnp.array([2])).length.tolist()
+    [1]
+    """
+    if cache.sparse is not None:
+        raise ValueError("a cache that is read by blocks cannot be rewound: its blocks' summaries keep what was stored")
+    return dataclasses.replace(cache, length=cache.length - count, position=cache.position - count)

@@ -95,7 +95,8 @@ def _pass_layer(
     rows = None
     if snapkv is not None:
         rows = jnp.maximum(length[:, None] - snapkv.window, 0) + jnp.arange(snapkv.window)
-    x, (keys, values, queries) = block(layer, x, None, prompt_context(x, config, query_rows=rows), config)
+    real = jnp.arange(x.shape[1]) < length[:, None]
+    x, (keys, values, queries, _) = block(layer, x, None, prompt_context(x, config, rows, real), config)
     kept = length
     if snapkv is not None:
         selection = snapkv_select(
@@ -115,9 +116,12 @@ def _pass_layer(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "dtype"))
-def _pass_stacked(params: Any, tokens: Array, *, config: DecoderConfig, size: int, dtype: Any) -> tuple[Array, Any]:
+def _pass_stacked(
+    params: Any, tokens: Array, length: Array, *, config: DecoderConfig, size: int, dtype: Any
+) -> tuple[Array, Any]:
     """All layers of a model that scans over them."""
-    result = decoder_forward(params, tokens, config)
+    real = jnp.arange(tokens.shape[1]) < length[:, None]
+    result = decoder_forward(params, tokens, config, real=real)
     room = (*((0, 0),) * 3, (0, size - tokens.shape[1]), (0, 0))
     return result.hidden, tuple(jnp.pad(part.astype(dtype), room) for part in result.new)
 
@@ -175,7 +179,7 @@ def prefill(
         for name, given in (("snapkv", snapkv), ("sparse", sparse)):
             if given is not None:
                 raise ValueError(f"{name} needs layers apart: unstack them, with prepare")
-        x, layers = _pass_stacked(params, tokens, config=config, size=size, dtype=dtype)
+        x, layers = _pass_stacked(params, tokens, length, config=config, size=size, dtype=dtype)
     else:
         x, filled = _enter(params, tokens, config=config), []
         for i in range(config.num_layers):

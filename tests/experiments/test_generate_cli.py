@@ -17,7 +17,8 @@ from jaxaccel.decoding import MedusaConfig, init_medusa_heads, make_tree
 from jaxaccel.decoding.heads_file import save_heads
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, generate, prepare
+from jaxaccel.models.drafts import Drafts
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import SnapKV
 from jaxaccel.models.weights import load_pretrained

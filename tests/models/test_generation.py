@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccel.decoding import MedusaConfig, chain, init_medusa_heads, make_tree
-from jaxaccel.decoding.generate import PLAIN, DraftHeads, Rules, Typical, advance, start
+from jaxaccel.decoding.drafts import DraftHeads
+from jaxaccel.decoding.generate import PLAIN, Rules, Typical, advance, start
 from jaxaccel.decoding.sampling import Sampling
 from jaxaccel.models.decoder import decoder_forward, decoder_logits, init_params, stack_layers
 from jaxaccel.models.decoder_config import DecoderConfig
-from jaxaccel.models.generation import Drafts, cached_model, generate, prepare
+from jaxaccel.models.drafts import Drafts, cached_model
+from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 

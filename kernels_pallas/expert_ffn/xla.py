@@ -1,0 +1,81 @@
+"""The union kernel without Pallas: a loop over the active experts alone, forward and backward.
+
+The trip count of the loop is the number of active experts, known only at run time, and every turn slices one contiguous
+slab of each weight, which XLA reads in place. That is the whole trick: gathering ``up[ids]`` copies the weights before
+it reads them, and a scan with a condition slices every expert.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from kernels_pallas.arrays import accumulator, varying_zeros
+from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
+
+
+def _at(array: Array, index: Array, dtype: jnp.dtype) -> Array:
+    return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False).astype(dtype)
+
+
+def forward(
+    x: Float[Array, "T D"],
+    up: Float[Array, "slabs de D"],
+    down: Float[Array, "slabs de D"],
+    scores: Float[Array, "T Ne"],
+    union: Active,
+    first: Array | int,
+    activation: Activation,
+) -> Float[Array, "T D"]:
+    """The sum over the experts of ``union``; expert e is slab ``first`` + e."""
+    dtype = accumulator(x.dtype)
+    rows, columns = x.astype(dtype), scores.astype(dtype).T
+    act = ACTIVATIONS[activation]
+
+    def body(turn: Array, out: Array) -> Array:
+        expert = union.ids[turn]
+        hidden = act(rows @ _at(up, first + expert, dtype).T) * _at(columns, expert, dtype)[:, None]
+        return out + hidden @ _at(down, first + expert, dtype)
+
+    zeros = varying_zeros((x, up, down, scores, union.number), x.shape, dtype)
+    return jax.lax.fori_loop(0, union.number, body, zeros).astype(x.dtype)
+
+
+def backward(
+    x: Float[Array, "T D"],
+    up: Float[Array, "slabs de D"],
+    down: Float[Array, "slabs de D"],
+    scores: Float[Array, "T Ne"],
+    union: Active,
+    first: Array | int,
+    grad: Float[Array, "T D"],
+    activation: Activation,
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients for x, up, down (of Ne slabs) and scores; those of experts outside ``union`` are zero, untouched."""
+    dtype = accumulator(x.dtype)
+    rows, columns, pulled = x.astype(dtype), scores.astype(dtype).T, grad.astype(dtype)
+    act = ACTIVATIONS[activation]
+
+    def body(turn: Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        dx, dup, ddown, dscores = carry
+        expert = union.ids[turn]
+        slab_up, slab_down = (_at(w, first + expert, dtype) for w in (up, down))
+        score = _at(columns, expert, dtype)[:, None]
+        hidden, pull = jax.vjp(act, rows @ slab_up.T)
+        back = pulled @ slab_down.T
+        (dhidden,) = pull(score * back)
+        put = jax.lax.dynamic_update_index_in_dim
+        return (
+            dx + dhidden @ slab_up,
+            put(dup, (dhidden.T @ rows).astype(dup.dtype), expert, 0),
+            put(ddown, ((score * hidden).T @ pulled).astype(ddown.dtype), expert, 0),
+            put(dscores, (hidden * back).sum(1), expert, 0),
+        )
+
+    zeros = functools.partial(varying_zeros, (x, up, down, scores, union.number, grad))
+    slabs = [zeros((columns.shape[0], *w.shape[1:]), w.dtype) for w in (up, down)]
+    initial = (zeros(rows.shape, dtype), *slabs, zeros(columns.shape, dtype))
+    dx, dup, ddown, dscores = jax.lax.fori_loop(0, union.number, body, initial)
+    return dx.astype(x.dtype), dup, ddown, dscores.T.astype(scores.dtype)
