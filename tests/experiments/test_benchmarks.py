@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from experiments import benchmarks
-from experiments.benchmarks import BenchOptions, Measurement, attention, discovery, generation, optimizers, runner
+from experiments.benchmarks import (
+    BenchOptions,
+    Measurement,
+    attention,
+    discovery,
+    generation,
+    lm_head_confidence,
+    optimizers,
+    runner,
+)
 from jaxaccel.models import DecoderConfig, init_params
 
 
@@ -31,6 +40,7 @@ def small(monkeypatch, task):
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
     monkeypatch.setattr(generation, "load_pretrained", tiny_model)
+    monkeypatch.setattr(lm_head_confidence, "CASES", ((2, 20, 4),))
 
 
 def tiny_model(name):
