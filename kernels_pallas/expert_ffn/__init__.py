@@ -30,15 +30,15 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kernels_pallas.arrays import vary_alike
-from kernels_pallas.dispatch import resolve_implementation
-from kernels_pallas.expert_ffn import xla
-from kernels_pallas.expert_ffn.problem import Activation, check_activation
+from kernels_pallas.dispatch import raise_refusal, resolve_implementation
+from kernels_pallas.expert_ffn import gpu, tpu, xla
+from kernels_pallas.expert_ffn.problem import Activation, Active, check_activation
 from kernels_pallas.expert_ffn.reference import dense_expert_ffn
 from kernels_pallas.expert_ffn.vjp import Kernel, differentiable
 
 __all__ = ["dense_expert_ffn", "expert_ffn"]
 
-AVAILABLE = {"xla": ("cpu", "gpu", "tpu")}
+AVAILABLE = {"xla": ("cpu", "gpu", "tpu"), "pallas_tpu": ("tpu",), "pallas_gpu": ("gpu",)}
 """Implementations and the platforms that they run on."""
 
 
@@ -64,8 +64,6 @@ def _check(x: Array, up: Array, down: Array, scores: Array, active: Array | None
 
 
 def _limit(max_active: Any, experts: int) -> int:
-    if max_active is None:
-        return experts
     if isinstance(max_active, bool) or not isinstance(max_active, numbers.Integral):
         raise TypeError(f"max_active is {max_active!r}, expected an integer or None")
     limit = int(max_active)
@@ -76,7 +74,48 @@ def _limit(max_active: Any, experts: int) -> int:
 
 @functools.cache
 def _kernel(name: str, activation: Activation, limit: int, interpret: Any) -> Kernel:
-    return functools.partial(xla.forward, activation=activation)
+    # Kept, so that the function built on top of it is kept, and with it what jit compiled.
+    if name == "xla":
+        return functools.partial(xla.forward, activation=activation)
+    module = tpu if name == "pallas_tpu" else gpu
+
+    def kernel(x: Array, up: Array, down: Array, scores: Array, union: Active, first: Array) -> Array:
+        if module.refusal(x, up, down, scores.shape[1]) is not None:  # more tokens, under vmap, than were checked
+            return xla.forward(x, up, down, scores, union, first, activation)
+        return module.forward(
+            x, up, down, scores, union, first, activation=activation, max_active=limit, interpret=interpret
+        )
+
+    return kernel
+
+
+def _run(
+    x: Array,
+    up: Array,
+    down: Array,
+    scores: Array,
+    active: Array | None,
+    activation: Activation,
+    max_active: int | None,
+    implementation: str | None,
+    interpret: Any = False,
+) -> Array:
+    tokens, flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, up.shape[0])
+    refusals = {
+        "pallas_tpu": tpu.refusal(tokens, up, down, up.shape[0]),
+        "pallas_gpu": gpu.refusal(tokens, up, down, up.shape[0]),
+    }
+    name = str(implementation)
+    if interpret:
+        raise_refusal(name, refusals.get(name))
+    else:
+        name = resolve_implementation(implementation, AVAILABLE, refusals=refusals)
+    default = xla.most_active(up.shape[0]) if name == "xla" else up.shape[0]
+    limit = default if max_active is None else _limit(max_active, up.shape[0])
+    if active is None:
+        active = (flat != 0).any(0)
+    op = differentiable(_kernel(name, activation, limit, interpret), activation, limit)
+    return op(*vary_alike(tokens, up, down, flat, active)).reshape(x.shape)
 
 
 def expert_ffn(
@@ -99,7 +138,7 @@ def expert_ffn(
     form's cost; ``jvp`` of the function itself is not (`dense_expert_ffn` has it).
 
     Under ``vmap`` examples that share the weights are computed as the tokens of one call, over the union of their
-    experts; examples with weights of their own, one after the other. The gradient of a ``vmap`` holds the weights'
+    experts (by XLA where a kernel cannot take as many); examples with weights of their own, one after the other. The gradient of a ``vmap`` holds the weights'
     gradients of every example before it sums them: give x leading axes instead, which do not.
 
     Args:
@@ -110,8 +149,10 @@ def expert_ffn(
         active: bool [Ne], the experts to compute; those with any score ≠ 0 by default. Scores of other experts are
             not read.
         activation: ``"silu"``, ``"gelu"`` (tanh form) or ``"relu"``.
-        max_active: at most that many experts are computed one by one, 1 up to Ne (the default). Where more are active
-            the dense form runs, through `jax.lax.cond`: never a part of the sum.
+        max_active: at most that many experts are computed one by one, 1 up to Ne. Where more are active the dense form
+            runs, through `jax.lax.cond`: never a part of the sum. By default Ne for the Pallas kernels, where a smaller
+            number saves grid steps, and 0.6·Ne for ``"xla"``, above which the dense form is as fast; give Ne to never
+            read an inactive expert.
         implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``; the best for the platform by default.
 
     Returns:
@@ -125,16 +166,9 @@ def expert_ffn(
 
     >>> x, weights = jnp.ones((2, 4)), jnp.ones((3, 5, 4))
     >>> scores = jnp.array([[0.0, 0.5, 0.0], [0.0, -1.0, 0.0]])  # expert 1 alone is read
-    >>> expert_ffn(x, weights.at[0].set(jnp.nan), weights, scores, activation="relu")[:, 0].tolist()
+    >>> expert_ffn(x, weights.at[0].set(jnp.nan), weights, scores, activation="relu", max_active=3)[:, 0].tolist()
     [10.0, -20.0]
     """
     _check(x, up, down, scores, active)
     check_activation(activation)
-    experts = up.shape[0]
-    limit = _limit(max_active, experts)
-    name = resolve_implementation(implementation, AVAILABLE)
-    tokens, flat = x.reshape(-1, x.shape[-1]), scores.reshape(-1, experts)
-    if active is None:
-        active = (flat != 0).any(0)
-    op = differentiable(_kernel(name, activation, limit, False), activation, limit)
-    return op(*vary_alike(tokens, up, down, flat, active)).reshape(x.shape)
+    return _run(x, up, down, scores, active, activation, max_active, implementation)

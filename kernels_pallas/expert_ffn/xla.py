@@ -1,8 +1,12 @@
 """The union kernel without Pallas: a loop over the active experts alone, forward and backward.
 
-The trip count of the loop is the number of active experts, known only at run time, and every turn slices one contiguous
-slab of each weight, which XLA reads in place. That is the whole trick: gathering ``up[ids]`` copies the weights before
-it reads them, and a scan with a condition slices every expert.
+The trip count of the loop is the number of active experts, known only at run time, and every turn slices contiguous
+slabs of the weights. That is the whole trick: gathering ``up[ids]`` copies all weights that are used before it reads
+them, and a scan with a condition slices every expert.
+
+On CPU XLA copies a slab before it multiplies by it, with two threads where the product of a single row would use one;
+the slab then comes from a cache. So one token takes one expert a turn, and is made to copy; several tokens take four
+experts a turn, as a product of 64 rows is too small to be fast.
 """
 
 import functools
@@ -14,6 +18,14 @@ from jaxtyping import Float
 
 from kernels_pallas.arrays import accumulator, varying_zeros
 from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
+
+GROUP = 4  # experts a turn, of several tokens
+CROSSOVER = 0.6  # fraction of active experts from which on two large products take no longer than the loop
+
+
+def most_active(experts: int) -> int:
+    """Where the dense form takes over by default: between half of the experts (one token) and all (many), measured."""
+    return max(1, int(CROSSOVER * experts))
 
 
 def _at(array: Array, index: Array, dtype: jnp.dtype) -> Array:
@@ -31,16 +43,27 @@ def forward(
 ) -> Float[Array, "T D"]:
     """The sum over the experts of ``union``; expert e is slab ``first`` + e."""
     dtype = accumulator(x.dtype)
-    rows, columns = x.astype(dtype), scores.astype(dtype).T
-    act = ACTIVATIONS[activation]
+    rows, columns = x.astype(dtype).T, scores.astype(dtype).T
+    act, group = ACTIVATIONS[activation], GROUP if x.shape[0] > 1 else 1
 
     def body(turn: Array, out: Array) -> Array:
-        expert = union.ids[turn]
-        hidden = act(rows @ _at(up, first + expert, dtype).T) * _at(columns, expert, dtype)[:, None]
-        return out + hidden @ _at(down, first + expert, dtype)
+        slots = [group * turn + slot for slot in range(group)]
+        experts = [union.ids[jnp.minimum(slot, union.number - 1)] for slot in slots]
+        slab_up, slab_down = (
+            jax.lax.optimization_barrier(jnp.concatenate([_at(w, first + e, dtype) for e in experts]))
+            for w in (up, down)
+        )
+        hidden = act(jax.lax.dot_general(slab_up, rows, (((1,), (0,)), ((), ()))))
+        hidden = hidden.reshape(group, -1, hidden.shape[1])
+        weighted = [
+            # The last turn's spare slots repeat an expert, and must add nothing even where it is not finite.
+            jnp.where(slot < union.number, one * _at(columns, e, dtype), 0)
+            for slot, e, one in zip(slots, experts, hidden, strict=True)
+        ]
+        return out + jax.lax.dot_general(jnp.concatenate(weighted), slab_down, (((0,), (0,)), ((), ())))
 
     zeros = varying_zeros((x, up, down, scores, union.number), x.shape, dtype)
-    return jax.lax.fori_loop(0, union.number, body, zeros).astype(x.dtype)
+    return jax.lax.fori_loop(0, -(-union.number // group), body, zeros).astype(x.dtype)
 
 
 def backward(
