@@ -4,6 +4,7 @@ Each family of methods is a subpackage, loaded when it is first used:
 
 - `jaxaccel.optim`: optimizers and schedules as optax transforms.
 - `jaxaccel.attention`: attention that costs less per token, or learns more from the same context.
+- `jaxaccel.moe`: mixtures of experts that decoding reads little of.
 - `jaxaccel.forecasting`: what a computation will cost, and what it will give, before it is paid for.
 - `jaxaccel.robustness`: attacks, and training against them.
 - `jaxaccel.models`: reference networks that the methods are shown on.
@@ -15,7 +16,7 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attention", "catalogue", "forecasting", "models", "optim", "records", "robustness"]
+__all__ = ["__version__", "attention", "catalogue", "forecasting", "models", "moe", "optim", "records", "robustness"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -16,12 +16,13 @@ from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
 from jaxaccel.models.generation import Drafts, Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
-from jaxaccel.models.transformer import CharLM, TransformerBlock, VisionTransformer
+from jaxaccel.models.transformer import AttentionSublayer, CharLM, TransformerBlock, VisionTransformer
 from jaxaccel.models.weights import load_pretrained
 
 __all__ = [
     "CNN",
     "MLP",
+    "AttentionSublayer",
     "BlockTopK",
     "CharLM",
     "Decoder",
