@@ -4,7 +4,12 @@ Each family of methods is a subpackage, loaded when it is first used:
 
 - `jaxaccel.optim`: optimizers and schedules as optax transforms.
 - `jaxaccel.attention`: attention that costs less per token, or learns more from the same context.
+- `jaxaccel.moe`: mixtures of experts that decoding reads little of.
 - `jaxaccel.boosting`: models that grow by steps, each fitted to what the last ones left.
+- `jaxaccel.decoding`: text as one compiled loop, and more than one token from each forward pass.
+- `jaxaccel.caching`: keep less of what a model remembers between steps.
+- `jaxaccel.compression`: weights and models that take less.
+- `jaxaccel.posttraining`: losses and adapters of what comes after pretraining.
 - `jaxaccel.forecasting`: what a computation will cost, and what it will give, before it is paid for.
 - `jaxaccel.robustness`: attacks, and training against them.
 - `jaxaccel.models`: reference networks that the methods are shown on.
@@ -20,10 +25,15 @@ __all__ = [
     "__version__",
     "attention",
     "boosting",
+    "caching",
     "catalogue",
+    "compression",
+    "decoding",
     "forecasting",
     "models",
+    "moe",
     "optim",
+    "posttraining",
     "records",
     "robustness",
 ]

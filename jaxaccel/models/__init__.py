@@ -18,12 +18,13 @@ from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
 from jaxaccel.models.generation import Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
-from jaxaccel.models.transformer import CharLM, TransformerBlock, VisionTransformer
+from jaxaccel.models.transformer import AttentionSublayer, CharLM, TransformerBlock, VisionTransformer
 from jaxaccel.models.weights import load_pretrained
 
 __all__ = [
     "CNN",
     "MLP",
+    "AttentionSublayer",
     "BlockFFNConfig",
     "BlockTopK",
     "CharLM",

@@ -6,7 +6,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 
-class TransformerBlock(nnx.Module):
+class AttentionSublayer(nnx.Module):
+    """Attention behind a LayerNorm and a residual connection: x + Attention(LayerNorm(x))."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool, rngs: nnx.Rngs) -> None:
+        if width % heads:
+            raise ValueError(f"width ({width}) must be a multiple of heads ({heads})")
+        self.heads, self.causal = heads, causal
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply it."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).reshape(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        return x + self.out(mixed.reshape(batch, length, width))
+
+
+class TransformerBlock(AttentionSublayer):
     """Attention and a GELU network, each behind a LayerNorm and a residual connection.
 
     x ← x + Attention(LayerNorm(x));  x ← x + W₂ GELU(W₁ LayerNorm(x))
@@ -15,23 +35,14 @@ class TransformerBlock(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, *, causal: bool, expansion: int = 4, rngs: nnx.Rngs) -> None:
-        if width % heads:
-            raise ValueError(f"width ({width}) must be a multiple of heads ({heads})")
-        self.heads, self.causal = heads, causal
-        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.out = nnx.Linear(width, width, rngs=rngs)
+        super().__init__(width, heads, causal=causal, rngs=rngs)
         self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, expansion * width, rngs=rngs)
         self.down = nnx.Linear(expansion * width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the block."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).reshape(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(mixed.reshape(batch, length, width))
+        x = self.attend(x)
         return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
 
 

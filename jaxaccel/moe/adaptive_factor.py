@@ -7,8 +7,8 @@ For N_st steps the factor is constant. From then on, every N_adj steps, it is sc
 
 and the change is spread evenly over the N_adj steps that follow.
 
-The paper's equation jumps, has no cap, and leaves open which loss goes in; its code is followed: linear, capped, and the
-loss is L_cs without its factor (divided by the number of accumulation steps where gradients are accumulated).
+The paper's equation jumps, has no cap, and leaves open which loss goes in; its code is followed: linear, capped, and
+the loss is L_cs without its factor (divided by the number of accumulation steps where gradients are accumulated).
 
 Song et al., BlockFFN, 2025, arXiv 2507.08771, equation 7.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxaccel.moe.losses import check_count
+from jaxaccel.moe._checks import check_count
 
 __all__ = ["AdaptiveFactor", "AdaptiveFactorState", "adaptive_factor"]
 

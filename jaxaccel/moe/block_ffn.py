@@ -36,6 +36,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from jaxaccel.moe._checks import check_count
 from kernels_pallas.expert_ffn import dense_expert_ffn, expert_ffn
 
 Activation = Literal["silu", "gelu", "relu"]
@@ -60,13 +61,6 @@ class Routing(NamedTuple):
     logits: Any  # [..., Ne], A0: for `activation_locality_loss`
     hidden: Any  # [..., Ne], H >= 0: for `chunk_sparsification_loss`
     scores: Any  # [..., Ne], A: weights of the experts, for the metrics
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def block_ffn_init(
@@ -101,7 +95,7 @@ def block_ffn_init(
     ((16, 6), (6, 4, 16), (6, 4, 16))
     """
     for name, value in (("dim", dim), ("num_experts", num_experts), ("expert_dim", expert_dim)):
-        _positive(name, value)
+        check_count(name, value)
     if init_std is not None and not 0 < init_std < math.inf:
         raise ValueError(f"init_std is {init_std}, expected a positive finite number")
     narrow, wide = (init_std or size**-0.5 for size in (dim, num_experts * expert_dim))

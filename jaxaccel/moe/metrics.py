@@ -9,7 +9,8 @@ Song et al., BlockFFN, 2025, arXiv 2507.08771 (TLS, CLS and the reuse ratio).
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxaccel.moe.losses import check_count, check_routing, check_tokens, neighbour_mask
+from jaxaccel.moe._checks import check_count, check_routing, check_tokens
+from jaxaccel.moe.losses import neighbour_mask
 
 __all__ = ["chunk_sparsity", "dead_experts", "reuse_ratio", "token_sparsity"]
 

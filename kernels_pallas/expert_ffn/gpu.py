@@ -30,7 +30,8 @@ def refusal(x: Shaped, up: Shaped, down: Shaped, experts: int) -> str | None:
     del experts
     dtypes = [a.dtype for a in (x, up, down)]
     if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"x, up and down have dtypes {', '.join(map(str, dtypes))}, expected all float32, all bfloat16 or all float16"
+        given = ", ".join(map(str, dtypes))
+        return f"x, up and down have dtypes {given}, expected all float32, all bfloat16 or all float16"
     if up.shape[2] % WIDE:
         return f"D is {up.shape[2]}, expected a multiple of {WIDE}"
     if up.shape[1] % ROWS:
