@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from jaxaccel.compression import quantize_weights
+from jaxaccel.models import decoder
 from jaxaccel.models.decoder import (
     Decoder,
-    decoder_forward,
     decoder_logits,
     fuse,
     init_params,
@@ -24,6 +24,8 @@ from jaxaccel.models.kv_cache import BlockTopK, append
 from jaxaccel.models.rotary import rotary_angles, rotate
 
 TINY = DecoderConfig.tiny()
+# Compiled as a whole: op by op every new shape would compile a hundred small programs.
+decoder_forward = jax.jit(decoder.decoder_forward, static_argnames="config")
 
 
 def logits(params, tokens, config):
@@ -199,12 +201,12 @@ def test_long_prompts_attend_by_tiles(monkeypatch):
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 21)))
 
     def summed(weights):
-        hidden = decoder_forward(weights, tokens, config).hidden
+        hidden = decoder.decoder_forward(weights, tokens, config).hidden
         return jnp.sum(hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))), hidden
 
-    (_, wanted), slopes = jax.value_and_grad(summed, has_aux=True)(weights)
+    (_, wanted), slopes = jax.jit(jax.value_and_grad(summed, has_aux=True))(weights)
     monkeypatch.setattr("jaxaccel.models.decoder_attention.TILE", 8)  # three tiles, the last of 5 tokens
-    (_, found), tiled = jax.value_and_grad(summed, has_aux=True)(weights)
+    (_, found), tiled = jax.jit(jax.value_and_grad(lambda w: summed(w), has_aux=True))(weights)
     np.testing.assert_allclose(found, wanted, **CLOSE)
     assert not np.array_equal(found, wanted)  # another order of sums: they were computed by tiles
     # Gradients add 42 tokens' terms of either sign in float32: of the order of a thousand roundings of 2^-24.

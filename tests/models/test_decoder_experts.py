@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccel.decoding import MedusaConfig, init_medusa_heads, make_tree
+from jaxaccel.models import decoder
 from jaxaccel.models.decoder import (
     Decoder,
-    decoder_forward,
     decoder_logits,
     fuse,
     has_experts,
@@ -34,6 +34,8 @@ from jaxaccel.models.kv_cache import append
 from jaxaccel.moe import activation_locality_loss, chunk_sparsification_loss, route
 from jaxaccel.moe.block_ffn import BlockFFNParams
 
+# Compiled as a whole: op by op every new shape would compile a hundred small programs.
+decoder_forward = jax.jit(decoder.decoder_forward, static_argnames="config")
 EXPERTS = BlockFFNConfig(num_experts=8, expert_dim=6)
 CONFIG = DecoderConfig.tiny(block_ffn=EXPERTS, max_positions=128)
 DENSE = dataclasses.replace(CONFIG, block_ffn=dataclasses.replace(EXPERTS, sparse=False))

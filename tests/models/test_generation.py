@@ -230,10 +230,13 @@ def test_repetition_penalty_is_that_of_the_formula(params, ready, drafts):
         for extra in ({}, {"drafts": drafts})
     ]
     np.testing.assert_array_equal(*texts)
+    forward = jax.jit(lambda tokens: decoder_logits(params, decoder_forward(params, tokens, TINY).hidden))
     for prompt, row in zip(PROMPTS[:1], texts[0], strict=False):
         text = list(prompt)
         for token in row:
-            values = np.array(decoder_logits(params, decoder_forward(params, jnp.array([text]), TINY).hidden)[0, -1])
+            padded = np.zeros((1, 48), np.int32)
+            padded[0, : len(text)] = text
+            values = np.array(forward(padded)[0, len(text) - 1])
             for used in set(text):
                 values[used] = values[used] / 3 if values[used] > 0 else values[used] * 3
             assert token == np.argmax(values)
