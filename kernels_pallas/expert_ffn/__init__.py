@@ -138,8 +138,9 @@ def expert_ffn(
     form's cost; ``jvp`` of the function itself is not (`dense_expert_ffn` has it).
 
     Under ``vmap`` examples that share the weights are computed as the tokens of one call, over the union of their
-    experts (by XLA where a kernel cannot take as many); examples with weights of their own, one after the other. The gradient of a ``vmap`` holds the weights'
-    gradients of every example before it sums them: give x leading axes instead, which do not.
+    experts (by XLA where a kernel cannot take as many); examples with weights of their own, one after the other. The
+    gradient of a ``vmap`` holds the weights' gradients of every example before it sums them: give x leading axes
+    instead, which do not.
 
     Args:
         x: tokens [..., D]; leading axes are flattened, and all tokens share one union.
