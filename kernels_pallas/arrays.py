@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+"""Anything with a shape and a dtype: what a kernel may refuse before there is an array."""
+
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """Precision of logits, sums and solves: float64 for float64, else float32."""

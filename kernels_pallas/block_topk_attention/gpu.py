@@ -13,8 +13,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.arrays import kernel_output
-from kernels_pallas.block_topk_attention.plan import Layout, Plan, Shaped
+from kernels_pallas.arrays import Shaped, kernel_output
+from kernels_pallas.block_topk_attention.plan import Layout, Plan
 from kernels_pallas.block_topk_attention.select import pages
 
 TILE = 64  # rows of K and V per turn

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,10 +10,6 @@ Layout = Literal["BSKH", "BKSH", "BKSHV"]
 """Order of the axes of a cache; BKSHV holds a key and its value side by side, [B, K, S, H + V], in one array."""
 
 LAYOUTS = ("BSKH", "BKSH", "BKSHV")
-
-
-Shaped = Array | jax.ShapeDtypeStruct
-"""What has a shape and a dtype: all that decides whether a kernel can take a call."""
 
 
 def check_integer(name: str, value: object, low: int) -> None:

@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import ArrayLike
 
-from kernels_pallas.arrays import kernel_output
-from kernels_pallas.block_topk_attention.plan import Layout, Plan, Shaped
+from kernels_pallas.arrays import Shaped, kernel_output
+from kernels_pallas.block_topk_attention.plan import Layout, Plan
 
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel may use by default on the smallest chip

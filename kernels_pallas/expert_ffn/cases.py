@@ -1,4 +1,4 @@
-"""The union kernels as cases for `kernels_pallas.prove`, with sorted tokens and `jax.lax.ragged_dot` as the peer."""
+"""The union kernels as cases for `kernels_pallas.prove`, with the kernel of sorted tokens, megablox, as the peer."""
 
 from collections.abc import Callable
 from types import ModuleType

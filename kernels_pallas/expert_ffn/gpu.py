@@ -14,8 +14,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.arrays import kernel_output
-from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active, Shaped
+from kernels_pallas.arrays import Shaped, kernel_output
+from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
 
 WIDE = 128  # elements of D that a turn of the up product takes
 TILE = 64  # elements of D that a program of the down product owns
@@ -30,8 +30,7 @@ def refusal(x: Shaped, up: Shaped, down: Shaped, experts: int) -> str | None:
     del experts
     dtypes = [a.dtype for a in (x, up, down)]
     if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        given = ", ".join(map(str, dtypes))
-        return f"x, up and down have dtypes {given}, expected all float32, all bfloat16 or all float16"
+        return f"dtypes are {', '.join(map(str, dtypes))}, expected all float32, all bfloat16 or all float16"
     if up.shape[2] % WIDE:
         return f"D is {up.shape[2]}, expected a multiple of {WIDE}"
     if up.shape[1] % ROWS:

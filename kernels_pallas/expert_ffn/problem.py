@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,6 @@ ACTIVATIONS: MappingProxyType[str, Callable[[Array], Array]] = MappingProxyType(
     {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 )
 """Functions by name; ``"gelu"`` is the tanh form, which the kernels' compilers have."""
-
-
-class Shaped(Protocol):
-    """Anything with a shape and a dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Number format."""
 
 
 class Active(NamedTuple):

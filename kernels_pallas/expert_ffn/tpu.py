@@ -17,8 +17,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.arrays import kernel_output
-from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active, Shaped
+from kernels_pallas.arrays import Shaped, kernel_output
+from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
 
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel may use by default on the smallest chip

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as gpu_attention
 from jax.experimental.pallas.ops.gpu import decode_attention as gpu_decode
 from jax.experimental.pallas.ops.tpu import flash_attention as tpu_flash
+from jax.experimental.pallas.ops.tpu import megablox
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -150,4 +151,32 @@ def gpu_dense_decode(shape: Shape) -> Program:
         flops=4.0 * shape["B"] * shape["N"] * shape["S"] * shape["H"],
         bytes=2.0 * shape["B"] * shape["K"] * shape["S"] * shape["H"] * _item(shape),
         note="dense decode of one token",
+    )
+
+
+def megablox_ffn(shape: Shape) -> Program:
+    """The experts of n tokens by two grouped products of ``jax.experimental.pallas.ops.tpu.megablox``.
+
+    Its form of the union over a chunk: every active expert gets a copy of all n tokens, filled up to whole tiles of 16
+    rows, as groups that share no tile. Between the products the activation, and after them the sum, are XLA's.
+    """
+    tokens, width, experts, size, active = (shape[name] for name in ("n", "D", "Ne", "de", "active"))
+    dtype = jnp.dtype(shape["dtype"])
+    rows = -(-tokens // 16) * 16
+    sorted_tokens = jax.ShapeDtypeStruct((active * rows, width), dtype)
+    weights = jax.ShapeDtypeStruct((experts, size, width), dtype)
+    sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
+
+    def function(x: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
+        hidden = megablox.gmm(x, up, sizes, tiling=(rows, width, size), transpose_rhs=True)
+        out = megablox.gmm(jax.nn.silu(hidden).astype(dtype), down, sizes, tiling=(rows, size, width))
+        return out.reshape(active, rows, width).sum(0)
+
+    item = dtype.itemsize
+    return Program(
+        function,
+        (sorted_tokens, weights, weights, sizes),
+        flops=4.0 * active * rows * size * width,
+        bytes=2.0 * active * size * width * item + active * rows * (width * (item + 8) + size * (item + 8)),
+        note="two grouped products over a copy of the tokens for each active expert",
     )
