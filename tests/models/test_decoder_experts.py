@@ -31,7 +31,7 @@ from jaxaccel.models.decoder_ffn import expert_union
 from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup, cached_model
 from jaxaccel.models.generation import generate, prepare
 from jaxaccel.models.kv_cache import append
-from jaxaccel.moe import activation_locality_loss, chunk_sparsification_loss, route
+from jaxaccel.moe import activation_locality_loss, chunk_sparsification_loss, route, token_sparsity
 from jaxaccel.moe.block_ffn import BlockFFNParams
 
 # Compiled as a whole: op by op every new shape would compile a hundred small programs.
@@ -107,14 +107,14 @@ def test_routing_is_that_of_the_normalised_stream(params):
 
 def test_padding_and_finished_rows_take_no_expert(params):
     """The union is that of the real tokens alone, and what padding holds changes nothing."""
-    length = np.array([16, 5])
+    length = np.array([3, 1])
     real = jnp.arange(16) < length[:, None]
     apart = [decoder_forward(params, TOKENS[i : i + 1, :n], UNION).routing.hidden != 0 for i, n in enumerate(length)]
     wanted = jnp.stack([x.any((1, 2)) for x in apart]).any(0).sum(-1)
     result = decoder_forward(params, TOKENS, UNION, real=real)
     assert expert_union(result.routing).tolist() == wanted.tolist()
-    alone = decoder_forward(params, TOKENS[1:, :5], UNION)
-    np.testing.assert_allclose(result.hidden[1:, :5], alone.hidden, **CLOSE)
+    alone = decoder_forward(params, TOKENS[1:, :1], UNION)
+    np.testing.assert_allclose(result.hidden[1:, :1], alone.hidden, **CLOSE)
     more = decoder_forward(params, TOKENS, UNION).routing
     assert (expert_union(more) > wanted).any()
     assert expert_union(more, real).tolist() == wanted.tolist()
@@ -204,7 +204,7 @@ def test_gradients_are_those_of_the_dense_form_and_reach_everything(params):
 
 
 def test_a_few_steps_of_training_with_both_losses():
-    """As a Flax NNX module, whose routing feeds the losses: text is learned, and chunks use fewer experts."""
+    """As a Flax NNX module, whose routing feeds the losses: text is learned, and tokens use fewer experts."""
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(np.tile(np.arange(16) % 7, (4, 1)) + np.arange(4)[:, None])
     tx = optax.adam(1e-2)
@@ -225,7 +225,7 @@ def test_a_few_steps_of_training_with_both_losses():
     logits, routing = Decoder(CONFIG, params=params).with_routing(tokens)
     np.testing.assert_allclose(logits, decoder_logits(params, decoder_forward(params, tokens, CONFIG).hidden), **CLOSE)
     _, before = model.with_routing(tokens)
-    assert int(expert_union(routing).sum()) < int(expert_union(before).sum())
+    assert float(token_sparsity(routing.scores)) > 0.1 + float(token_sparsity(before.scores))
 
 
 def test_the_union_of_a_draft_is_counted(params):
@@ -243,9 +243,7 @@ def test_half_precision_and_bad_input(params):
     assert out.count.tolist() == [3]
     with pytest.raises(ValueError, match="dtype is 'int8', but the parameters hold sparse experts"):
         prepare(params, "int8")
-    with pytest.raises(
-        ValueError, match="the parameters hold sparse experts, but the configuration has a dense network"
-    ):
+    with pytest.raises(ValueError, match="hold sparse experts, but the configuration has a dense network"):
         decoder_forward(params, TOKENS, DecoderConfig.tiny())
     dense = init_params(jax.random.key(0), DecoderConfig.tiny())
     with pytest.raises(ValueError, match=r"the parameters hold no experts, but the configuration has BlockFFNConfig\("):
@@ -255,7 +253,6 @@ def test_half_precision_and_bad_input(params):
         ({"expert_dim": -1}, "expert_dim is -1"),
         ({"eps": 0.0}, "eps is 0.0, expected a positive number"),
         ({"eps": float("nan")}, "eps is nan"),
-        ({"sparse": "yes"}, "sparse is 'yes', expected 'auto', True or False"),
         ({"max_active": 9}, "max_active is 9, expected 1 to num_experts = 8"),
         ({"max_active": 2, "sparse": False}, "sparse=False reads all experts"),
     ):
