@@ -70,7 +70,9 @@ def confidence_and_token(
         allowed = jnp.where(jnp.arange(wide.shape[-1]) == forbid, -jnp.inf, allowed)
     token = jnp.argmax(allowed, -1).astype(jnp.int32)
     chosen = jnp.take_along_axis(wide, token[..., None], -1)[..., 0]
-    return token, jnp.exp(chosen - jax.nn.logsumexp(wide, -1))
+    largest = jnp.max(wide, -1)
+    # Not exp(chosen − logsumexp): that difference of large numbers loses digits.
+    return token, jnp.exp(chosen - largest) / jnp.sum(jnp.exp(wide - largest[..., None]), -1)
 
 
 def guided(logits: Float[Array, "B *n V"], scale: float) -> Float[Array, "B2 *n V"]:
@@ -98,7 +100,7 @@ def predict(
         mask_id: never predicted.
         cfg_scale: strength of guidance; 0 for none.
         temperature: of `confidence_and_token`.
-        keys: one for each sequence, with a temperature.
+        keys: one for each position [B, n], with a temperature.
     """
     if isinstance(model, DiffusionModel):
         matrix = model.matrix(params)
@@ -111,9 +113,11 @@ def predict(
         logits = guided(logits, cfg_scale)
     if not temperature:
         return confidence_and_token(logits, forbid=mask_id)
-    return jax.vmap(lambda row, key: confidence_and_token(row, temperature=temperature, key=key, forbid=mask_id))(
-        logits, keys
-    )
+
+    def draw(row: Array, key: Array) -> Any:
+        return confidence_and_token(row, temperature=temperature, key=key, forbid=mask_id)
+
+    return jax.vmap(jax.vmap(draw))(logits, keys)
 
 
 def _check_mask(mask_id: int, size: int) -> None:
