@@ -190,6 +190,8 @@ METHODS: tuple[Method, ...] = (
         family="decoding",
         module="jaxaccel.decoding.learn2pd",
         cheaper="diffusion language models: fewer forward passes per token, a small filter decides what is final",
+        status="done",
+        experiments=("learn2pd",),
     ),
     Method(
         slug="qfx",

@@ -76,16 +76,34 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tile:
+    """A cell of a grid: a short text on a colour that stands for a number; ``None`` leaves it grey."""
+
+    text: str
+    value: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Figure:
-    """A line plot as data."""
+    """A plot as data: lines, or a grid of tiles."""
 
     title: str
     x_label: str
     y_label: str
-    series: tuple[Series, ...]
+    series: tuple[Series, ...] = ()
     x_log: bool = False
     y_log: bool = False
     note: str = ""
+    tiles: tuple[tuple[Tile, ...], ...] = ()
+    """Rows from top to bottom, in place of lines."""
+    tile_label: str = ""
+    """What the colours of tiles stand for."""
+
+    def __post_init__(self) -> None:
+        if self.tiles and self.series:
+            raise ValueError(f"figure {self.title!r} has both lines and tiles, expected one of them")
+        if len({len(row) for row in self.tiles}) > 1:
+            raise ValueError(f"figure {self.title!r}: rows of tiles must be equally long")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +138,8 @@ def from_json(data: Mapping[str, Any]) -> Comparison:
     )
     figures = tuple(
         Figure(
-            **{k: v for k, v in f.items() if k != "series"},
+            **{k: v for k, v in f.items() if k not in ("series", "tiles")},
+            tiles=tuple(tuple(Tile(**tile) for tile in row) for row in f.get("tiles", ())),
             series=tuple(
                 Series(s["label"], tuple(s["x"]), tuple(s["y"]), tuple(s["low"]), tuple(s["high"])) for s in f["series"]
             ),

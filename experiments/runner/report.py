@@ -134,8 +134,11 @@ def svg(figure: Figure) -> str:
         "axes.titlelocation": "left",
     }
     with mpl.rc_context(settings):
-        canvas = Canvas(figsize=(6.2, 3.7), layout="constrained")
+        size = (6.2, 0.9 + 0.34 * len(figure.tiles)) if figure.tiles else (6.2, 3.7)
+        canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots()
+        if figure.tiles:
+            _draw_tiles(canvas, axes, figure)
         for i, series in enumerate(figure.series):
             colour = COLOURS[i % len(COLOURS)]
             marker = "o" if len(series.x) <= 12 else None
@@ -156,3 +159,30 @@ def svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return text.strip() + "\n"
+
+
+def _draw_tiles(canvas: Any, axes: Any, figure: Figure) -> None:
+    """A grid of tiles and the scale of its colours."""
+    import matplotlib as mpl
+    import numpy as np
+
+    values = [[np.nan if tile.value is None else tile.value for tile in row] for row in figure.tiles]
+    known = [value for row in values for value in row if not np.isnan(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    colours = mpl.colormaps["viridis"].with_extremes(bad="#e6e9ed")
+    norm = mpl.colors.Normalize(low, max(high, low + 1e-9))
+    # Vector squares: an image would be drawn in pixels.
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="white", linewidth=1)
+    for y, row in enumerate(figure.tiles):
+        for x, tile in enumerate(row):
+            dark = tile.value is not None and norm(tile.value) < 0.6
+            ink = "white" if dark else "#1c2430"
+            axes.text(x + 0.5, y + 0.5, tile.text, ha="center", va="center", color=ink, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_yticks([y + 0.5 for y in range(len(figure.tiles))], [str(y + 1) for y in range(len(figure.tiles))])
+    axes.set_xticks([])
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+    canvas.colorbar(mesh, ax=axes, label=figure.tile_label, ticks=mpl.ticker.MaxNLocator(4, integer=True))

@@ -13,11 +13,9 @@ and never runs code:
 A file appears under its name complete, or not at all.
 """
 
-import importlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from jaxaccel.decoding.arrays_file import FLOATS, array_of, check_floating, read_arrays, write_arrays
 from jaxaccel.decoding.medusa import MedusaParams
 from jaxaccel.decoding.tree import TreeBuffers, make_tree
 
 FORMAT = "jaxaccel.medusa"
 VERSION = 1
-_DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,6 @@ class HeadsInfo:
     hidden_size: int
     version: int = VERSION
     token_ids: Int[np.ndarray, "V"] | None = field(default=None, compare=False, repr=False)  # int32
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError("files of heads need the package safetensors: pip install 'jaxaccel[models]'") from error
 
 
 def _check(heads: Mapping[str, Any], hidden: int, tree: TreeBuffers) -> None:
@@ -118,9 +109,7 @@ def save_heads(
     """
     tree = make_tree(tree_paths, top_k)
     arrays = {name: np.ascontiguousarray(array) for name, array in heads._asdict().items() if array is not None}
-    for name, array in arrays.items():
-        if array.dtype not in [np.dtype(dtype) for dtype in _DTYPES.values()]:
-            raise TypeError(f"{name} must be of float16, bfloat16, float32 or float64, got {array.dtype}")
+    check_floating(arrays)
     if token_ids is not None:
         ids = np.asarray(token_ids)
         if not np.issubdtype(ids.dtype, np.integer):
@@ -129,26 +118,12 @@ def save_heads(
     hidden = arrays["weight"].shape[-1] if arrays["weight"].ndim else 0
     _check(arrays, hidden, tree)
     said = {
-        "format": FORMAT,
-        "version": str(VERSION),
         "model": model_name,
         "hidden_size": str(hidden),
         "top_k": str(tree.top_k),
         "tree_paths": json.dumps(tree.paths),
     }
-    _write(pathlib.Path(path), _package("safetensors.numpy").save(arrays, metadata=said))
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """Write a file beside the one that is meant, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = pathlib.Path(folder) / path.name
-        with open(part, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+    write_arrays(path, arrays, said, kind=FORMAT, version=VERSION)
 
 
 def load_heads(path: str | os.PathLike[str]) -> tuple[MedusaParams, TreeBuffers, HeadsInfo]:
@@ -170,20 +145,13 @@ def load_heads(path: str | os.PathLike[str]) -> tuple[MedusaParams, TreeBuffers,
     ('smollm2-135m', 9)
     """
     path = pathlib.Path(path)
-    data = path.read_bytes()
-    package = _package("safetensors")
-    try:
-        entries = package.deserialize(data)
-    except package.SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
-    if said.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a file of Medusa heads: its format is {said.get('format')!r}, not {FORMAT!r}")
-    if said.get("version") != str(VERSION):
-        raise ValueError(f"{path}: its format has version {said.get('version')!r}, expected {VERSION}")
+    entries, said = read_arrays(path, kind=FORMAT, version=VERSION, what="Medusa heads")
     try:
         tree = make_tree(_paths(said["tree_paths"]), int(said["top_k"]))
-        arrays = {name: _array(name, entry) for name, entry in entries}
+        arrays = {
+            name: array_of(name, entry, {"I32": np.int32} if name == "token_ids" else FLOATS)
+            for name, entry in entries.items()
+        }
         unknown = sorted(set(arrays) - {*MedusaParams._fields, "token_ids"})
         if unknown:
             raise ValueError(f"unknown arrays {', '.join(unknown)}")
@@ -205,11 +173,3 @@ def _paths(text: str) -> list[list[int]]:
     if not all(type(rank) is int for path in paths for rank in path):
         raise ValueError(f"tree_paths must hold whole numbers, got {text[:100]}")
     return paths
-
-
-def _array(name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    # Not through safetensors.numpy, which does not know bfloat16 in all versions.
-    dtypes = {"I32": np.int32} if name == "token_ids" else _DTYPES
-    if entry["dtype"] not in dtypes:
-        raise ValueError(f"{name} is of {entry['dtype']}, expected {' or '.join(dtypes)}")
-    return np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])

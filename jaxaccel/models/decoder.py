@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxaccel.compression import Int8Weight, linear, take_rows
-from jaxaccel.models.decoder_attention import attend_cached, attend_new
+from jaxaccel.models.decoder_attention import attend_all, attend_cached, attend_new
 from jaxaccel.models.decoder_config import DecoderConfig, parameter_shapes
 from jaxaccel.models.decoder_ffn import feed_forward
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, empty_cache
@@ -143,11 +143,12 @@ class Context(NamedTuple):
     """What all layers of a pass share."""
 
     angles: Any  # (cos, sin) at the tokens' positions
-    mask: Any  # bool [n, n]; None without a cache
+    mask: Any  # bool [n, n]; None without a cache. Which keys are seen [B, S] in a model that is not causal
     length: Any  # int32 [B]; None without a cache
     query_rows: Any  # int32 [B, W]; None where no queries are asked for
     sparse: Any  # BlockTopK or None
     real: Any = None  # bool [B, n], tokens that are no padding; None for all
+    positions: Any = None  # int32 [B, n], where a model that is not causal keeps the tokens' keys and values
 
 
 def prompt_context(
@@ -170,20 +171,24 @@ def block(layer: Layer, x: Array, cached: Any, context: Context, config: Decoder
     Args:
         layer: parameters.
         x: residual stream [B, n, D].
-        cached: a layer of a `KVCache`, or ``None`` for a prompt.
+        cached: a layer of a `KVCache`, or ``None`` for a prompt; `Slots` for a model that is not causal.
         context: shared by all layers.
         config: of the model.
 
     Returns:
-        The stream after it; keys and values [B, K, n, H], queries [B, W, N, H] or (), and a `Routing` or ().
+        The stream after it; keys and values [B, K, n, H], queries [B, W, N, H] or (), and a `Routing` or (). A model
+        that is not causal gives keys and values [B, S, K, H] of all slots.
     """
     pre = config.norm == "pre"
     q, k, v = _qkv(layer, rms_norm(x, layer["attention_norm"], config.norm_eps) if pre else x, config)
     q, k = (rotate(part, context.angles, config.rope_layout) for part in (q, k))
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if cached is None:
+    if not config.causal:
+        mixed, (k, v) = attend_all(q, k, v, cached, context.positions, context.mask)
+    elif cached is None:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         mixed = attend_new(q, k, v, config)
     else:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         heads = jax.tree.leaves(cached)[0].shape[1]  # those of the queries, where a prompt was compressed for each
         k, v = (jnp.repeat(part, heads // part.shape[1], 1) for part in (k, v))
         mixed = attend_cached(q, k, v, cached, context.length, context.mask, config, context.sparse)
@@ -199,6 +204,35 @@ def block(layer: Layer, x: Array, cached: Any, context: Context, config: Decoder
     rows = context.query_rows
     kept = () if rows is None else jnp.take_along_axis(q, rows[:, :, None, None], 1)
     return x, (k, v, kept, routing)
+
+
+def run_layers(
+    params: Params, x: Float[Array, "B n D"], cached: Any, context: Context, config: DecoderConfig
+) -> tuple[Float[Array, "B n D"], tuple[Any, Any, Any, Any]]:
+    """All blocks, one after the other or as a scan.
+
+    Keys, values and queries are tuples over layers, or stacked; the routing of sparse experts is always stacked.
+
+    Args:
+        params: of the model.
+        x: from `embed`.
+        cached: what `block` takes for each layer, in a sequence or stacked; or ``None``.
+        context: shared by all layers.
+        config: of the model.
+    """
+    layers = params["layers"]
+    if isinstance(layers, dict) and "attention_norm" in layers:
+
+        def scanned(x: Array, xs: tuple[Layer, Any]) -> tuple[Array, Any]:
+            return block(xs[0], x, xs[1], context, config)
+
+        return jax.lax.scan(scanned, x, (layers, cached))
+    outputs = []
+    for i in range(config.num_layers):
+        x, output = block(layers[i], x, None if cached is None else cached[i], context, config)
+        outputs.append(output)
+    keys, values, queries, routings = zip(*outputs, strict=True)
+    return x, (keys, values, queries, jax.tree.map(lambda *parts: jnp.stack(parts), *routings))
 
 
 def decoder_forward(
@@ -239,6 +273,8 @@ def decoder_forward(
     batch, count = tokens.shape
     if count > config.max_positions or not count:
         raise ValueError(f"tokens has {count} positions, expected 1 to max_positions = {config.max_positions}")
+    if not config.causal and cache is not None:
+        raise ValueError("cache is given, but the model is not causal: what it has seen changes with each new token")
     if mask is not None and cache is None:
         raise ValueError("mask is given without a cache: a prompt attends causally")
     if mask is not None and mask.shape != (count, count):
@@ -248,30 +284,18 @@ def decoder_forward(
     if positions is None:
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.position
         positions = start[:, None] + jnp.arange(count)
+    positions = jnp.broadcast_to(positions, (batch, count))
     context = Context(
-        rotary_angles(jnp.broadcast_to(positions, (batch, count)), config),
+        rotary_angles(positions, config),
         mask,
         None if cache is None else cache.length,
         query_rows,
         None if cache is None else cache.sparse,
         real,
+        positions,
     )
-    x, layers = embed(params, tokens, config), params["layers"]
-    if isinstance(layers, dict) and "attention_norm" in layers:
-
-        def scanned(x: Array, xs: tuple[Layer, Any]) -> tuple[Array, Any]:
-            return block(xs[0], x, xs[1], context, config)
-
-        x, (keys, values, queries, routing) = jax.lax.scan(
-            scanned, x, (layers, None if cache is None else cache.layers)
-        )
-    else:
-        outputs = []
-        for i in range(config.num_layers):
-            x, output = block(layers[i], x, None if cache is None else cache.layers[i], context, config)
-            outputs.append(output)
-        keys, values, queries, routings = zip(*outputs, strict=True)
-        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
+    cached = None if cache is None else cache.layers
+    x, (keys, values, queries, routing) = run_layers(params, embed(params, tokens, config), cached, context, config)
     hidden = rms_norm(x, params["final_norm"], config.norm_eps)
     return Forward(hidden, NewTokens(keys, values), queries if query_rows is not None else (), routing)
 

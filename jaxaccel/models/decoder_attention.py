@@ -3,7 +3,7 @@
 Two sets of keys are never joined in memory: the softmax over both is written out, with one maximum for both.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,44 @@ def ungrouped(rows: Float[Array, "B K m H"], count: int) -> Float[Array, "B n N 
     batch, heads, _, size = rows.shape
     split = rows.reshape(batch, heads, count, -1, size)
     return split.transpose(0, 2, 1, 3, 4).reshape(batch, count, -1, size)
+
+
+class Slots(NamedTuple):
+    """One layer's keys and values of all S positions of a text whose tokens still change."""
+
+    keys: Any  # [B, S, K, H], rotated
+    values: Any  # [B, S, K, H]
+
+
+def attend_all(
+    queries: Float[Array, "B n N H"],
+    keys: Float[Array, "B n K H"],
+    values: Float[Array, "B n K H"],
+    slots: Slots | None,
+    positions: Int[Array, "B n"],
+    key_mask: Bool[Array, "B S"] | None,
+) -> tuple[Float[Array, "B n N H"], Slots]:
+    """Attention without a causal mask: to each other, or to all slots once those of the n tokens are replaced.
+
+    Args:
+        queries: rotated.
+        keys: rotated.
+        values: of the same tokens.
+        slots: of the whole text; ``None`` where the n tokens are all there is.
+        positions: slots that the tokens replace. One beyond the last slot replaces nothing.
+        key_mask: which slots, or tokens, are seen; all by default.
+
+    Returns:
+        What is mixed, and the slots afterwards.
+    """
+    if slots is not None:
+        rows = jnp.arange(len(positions))[:, None]
+        keys, values = (
+            old.at[rows, positions].set(new.astype(old.dtype), mode="drop")
+            for old, new in zip(slots, (keys, values), strict=True)
+        )
+    mask = None if key_mask is None else key_mask[:, None, None]
+    return jax.nn.dot_product_attention(queries, keys, values, mask=mask), Slots(keys, values)
 
 
 def _one_by_one(queries: int, keys: int) -> bool:

@@ -1,4 +1,4 @@
-"""Shapes of Llama-class decoders: GEB-1.3B, SmolLM2, TinyLlama, Llama 2 and 3, Qwen2, by numbers alone.
+"""Shapes of Llama-class models: GEB-1.3B, SmolLM2, TinyLlama, Llama 2 and 3, Qwen2, LLaDA, by numbers alone.
 
 A configuration also fixes the tree of parameters (`parameter_shapes`), which the module, the pure functions and the
 loaders of weights share. Matrices are ``[out, in]``, as files have them: it is also the order in which XLA on CPU
@@ -106,6 +106,8 @@ class DecoderConfig:
     """The output matrix is the embedding."""
     attention: Attention = "dense"
     """How the tokens of a prompt, and new ones, attend."""
+    causal: bool = True
+    """Whether a token sees only those before it. LLaDA, which fills in masks, sees all (`masked_diffusion`)."""
     attention_ridge: float = 1.0
     """Ridge of local linear attention."""
     block_ffn: BlockFFNConfig | None = None
@@ -127,6 +129,8 @@ class DecoderConfig:
                              ("attention", ("dense", "local_linear", "block_topk"))):  # fmt: skip
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(values)}")
+        if not self.causal and self.attention != "dense":
+            raise ValueError(f"attention is {self.attention!r}, expected 'dense' for a model that is not causal")
         if not 0 < self.rotary_fraction <= 1 or self.rotary_size % 2 or not self.rotary_size:
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} turns {self.rotary_size} "
@@ -233,6 +237,10 @@ PRESETS: dict[str, Callable[[], DecoderConfig]] = {
     "qwen2-0.5b": lambda: DecoderConfig(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_heads=14, num_kv_heads=2, head_dim=64,
         max_positions=32_768, norm_eps=1e-6, rope_theta=1_000_000.0, qkv_bias=True, tie_embeddings=True,
+    ),
+    "llada-8b": lambda: DecoderConfig(
+        vocab_size=126_464, hidden_size=4096, intermediate_size=12_288, num_layers=32, num_heads=32, num_kv_heads=32,
+        rope_theta=500_000.0, causal=False,
     ),
 }  # fmt: skip
 """Published models by name, for `DecoderConfig.preset`."""

@@ -1,4 +1,4 @@
-"""From a model's config.json to the decoder's numbers, for Llama, Mistral, Qwen2, SmolLM and GEB."""
+"""From a model's config.json to the decoder's numbers, for Llama, Mistral, Qwen2, SmolLM, GEB and LLaDA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 from jaxaccel.models.decoder_config import DecoderConfig, RopeScaling
 from jaxaccel.models.weights.errors import WeightsError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "smollm", "geb", None)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "smollm", "geb", "llada", None)
 _REQUIRED = object()
 _FRACTIONS = ("norm_eps", "rope_theta", "rotary_fraction")  # all other numbers count something
-# The decoder's name, then the names it has in files, Hugging Face's first, GEB's and ChatGLM's after.
+# The decoder's name, then the names it has in files, Hugging Face's first, GEB's and ChatGLM's after, LLaDA's last.
 _KEYS: dict[str, tuple[str, ...]] = {
-    "vocab_size": ("padded_vocab_size", "vocab_size"),
-    "hidden_size": ("hidden_size",),
-    "intermediate_size": ("intermediate_size", "ffn_hidden_size"),
-    "num_layers": ("num_hidden_layers", "num_layers"),
-    "num_heads": ("num_attention_heads",),
-    "num_kv_heads": ("num_key_value_heads", "num_query_groups", "multi_query_group_num"),
+    "vocab_size": ("padded_vocab_size", "embedding_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "d_model"),
+    "intermediate_size": ("intermediate_size", "ffn_hidden_size", "mlp_hidden_size"),
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layers"),
+    "num_heads": ("num_attention_heads", "n_heads"),
+    "num_kv_heads": ("num_key_value_heads", "num_query_groups", "multi_query_group_num", "n_kv_heads"),
     "head_dim": ("head_dim", "kv_channels"),
-    "max_positions": ("max_position_embeddings", "seq_length"),
+    "max_positions": ("max_position_embeddings", "seq_length", "max_sequence_length"),
     "norm_eps": ("rms_norm_eps", "layernorm_epsilon"),
     "rope_theta": ("rope_theta",),
     "rotary_fraction": ("partial_rotary_factor",),
@@ -36,6 +36,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
     "num_experts": (0,),
     "num_local_experts": (0,),
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False,),
+    "include_bias": (False,),
+    "attention_layer_norm": (False,),
+    "scale_logits": (False,),
+    "input_emb_norm": (False,),
+    "clip_qkv": (),
 }
 
 
@@ -163,8 +173,10 @@ def config_from_hf(settings: Mapping[str, Any]) -> DecoderConfig:
         "rope_theta": float(get("rope_theta", 10_000.0)),
         "rotary_fraction": float(get("rotary_fraction", 1.0)),
         "rope_scaling": _scaling(rope),
-        "qkv_bias": settings.get("model_type") == "qwen2" or bool(settings.get("add_qkv_bias", False)),
-        "tie_embeddings": bool(settings.get("tie_word_embeddings", False)),
+        "qkv_bias": settings.get("model_type") == "qwen2"
+        or bool(settings.get("add_qkv_bias", False) or settings.get("include_qkv_bias", False)),
+        "tie_embeddings": bool(settings.get("weight_tying", settings.get("tie_word_embeddings", False))),
+        "causal": settings.get("model_type") != "llada",
     }
     try:
         return DecoderConfig(**numbers)

@@ -45,6 +45,7 @@ KNOWN: dict[str, KnownModel] = {
     "llama3-8b": KnownModel("meta-llama/Meta-Llama-3-8B-Instruct"),
     "llama3.2-1b": KnownModel("meta-llama/Llama-3.2-1B-Instruct"),
     "qwen2-0.5b": KnownModel("Qwen/Qwen2-0.5B-Instruct"),
+    "llada-8b": KnownModel("GSAI-ML/LLaDA-8B-Instruct"),
 }
 """By the names of `DecoderConfig.preset`."""
 

@@ -1,8 +1,9 @@
 """From the names that files give to tensors to the decoder's tree of parameters.
 
-Three families of names are known: Hugging Face's Llama names (also without the prefix ``model.``), GEB's (Megatron's
-and ChatGLM's), and GGUF's. Matrices stay ``[out, in]``, as files have them. Where a file stacks several matrices along
-their rows (GEB: keys then values, gate then up), they are taken apart.
+Four families of names are known: Hugging Face's Llama names (also without the prefix ``model.``), GEB's (Megatron's
+and ChatGLM's), LLaDA's (OLMo's; also without ``model.transformer.``), and GGUF's. Matrices stay ``[out, in]``, as files
+have them. Where a file stacks several matrices along their rows (GEB: keys then values, gate then up), they are taken
+apart.
 """
 
 import concurrent.futures
@@ -16,7 +17,7 @@ from jaxaccel.models.decoder_config import DecoderConfig, layer_shapes, paramete
 from jaxaccel.models.weights.errors import WeightsError, listed
 
 KvLayout = Literal["concat", "per_head"]
-Family = Literal["llama", "geb", "gguf"]
+Family = Literal["llama", "geb", "gguf", "llada"]
 
 _THREADS = 2
 _TOP: dict[Family, dict[str, str]] = {
@@ -27,8 +28,19 @@ _TOP: dict[Family, dict[str, str]] = {
         "head": "transformer.output_layer.weight",
     },
     "gguf": {"embedding": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight"},
+    "llada": {
+        "embedding": "model.transformer.wte.weight",
+        "final_norm": "model.transformer.ln_f.weight",
+        "head": "model.transformer.ff_out.weight",
+    },
 }
-_BLOCK: dict[Family, str] = {"llama": "model.layers.", "geb": "transformer.encoder.layers.", "gguf": "blk."}
+_BLOCK: dict[Family, str] = {
+    "llama": "model.layers.",
+    "geb": "transformer.encoder.layers.",
+    "gguf": "blk.",
+    "llada": "model.transformer.blocks.",
+}
+_PREFIX: dict[Family, str] = {"llama": "model.", "llada": "model.transformer."}  # some files leave it out
 # A tensor of a block, and the parameters whose rows it stacks.
 _LAYER: dict[Family, dict[str, tuple[str, ...]]] = {
     "llama": {
@@ -70,6 +82,20 @@ _LAYER: dict[Family, dict[str, tuple[str, ...]]] = {
         "ffn_up.weight": ("up",),
         "ffn_down.weight": ("down",),
     },
+    "llada": {
+        "attn_norm.weight": ("attention_norm",),
+        "q_proj.weight": ("q",),
+        "k_proj.weight": ("k",),
+        "v_proj.weight": ("v",),
+        "attn_out.weight": ("o",),
+        "q_proj.bias": ("q_bias",),
+        "k_proj.bias": ("k_bias",),
+        "v_proj.bias": ("v_bias",),
+        "ff_norm.weight": ("mlp_norm",),
+        "ff_proj.weight": ("gate",),
+        "up_proj.weight": ("up",),
+        "ff_out.weight": ("down",),
+    },
 }
 _IGNORED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rope_freqs.weight")  # the configuration says it
 
@@ -80,6 +106,8 @@ def family_of(names: Mapping[str, Any]) -> Family:
     >>> family_of({"blk.0.attn_q.weight": ...})
     'gguf'
     """
+    if any(name.startswith(("model.transformer.", "wte.", "blocks.")) for name in names):
+        return "llada"
     if any(name.startswith("transformer.") for name in names):
         return "geb"
     return "gguf" if any(name.startswith(("blk.", "token_embd.")) for name in names) else "llama"
@@ -162,8 +190,9 @@ def params_from_names(
     if family == "gguf" and config.rope_layout != "half":
         raise ValueError(f"rope_layout is {config.rope_layout!r}, expected 'half', which GGUF's rows are put into")
     plan, top = _plan(config, family), _TOP[family]
-    bare = family == "llama" and not any(name.startswith("model.") for name in mapping)
-    source = {name: name.removeprefix("model.") if bare else name for name in plan}  # the file's own names
+    prefix = _PREFIX.get(family, "")
+    bare = not any(name.startswith(prefix) for name in mapping)
+    source = {name: name.removeprefix(prefix) if bare else name for name in plan}  # the file's own names
 
     def ignored(name: str) -> bool:
         return name.endswith(_IGNORED) or (config.tie_embeddings and name == top["head"])

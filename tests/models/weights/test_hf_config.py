@@ -27,6 +27,7 @@ def without(settings, *names):
 def test_presets_are_read_back(name):
     config = DecoderConfig.preset(name)
     changes = {"model_type": "qwen2"} if config.qkv_bias else {}
+    changes |= {} if config.causal else {"model_type": "llada"}
     if config.rope_scaling:
         changes["rope_scaling"] = LLAMA3
     assert config_from_hf(hf_settings(config, **changes)) == config
@@ -119,7 +120,7 @@ def test_what_the_decoder_lacks_is_named(changes, message):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("vocab_size", "lacks padded_vocab_size or vocab_size"),
+        ("vocab_size", "lacks padded_vocab_size or embedding_size or vocab_size"),
         ("num_hidden_layers", "lacks num_hidden_layers or num_layers"),
         ("max_position_embeddings", "lacks max_position_embeddings or seq_length"),
     ],
