@@ -123,10 +123,11 @@ def _headline(config: Any, last: Results) -> str:
     middle = f"threshold {config.thresholds[len(config.thresholds) // 2]:g}"
     what = "words written backwards" if config.model == "words" else f"{config.model} on {config.dataset}"
     right = 100 * np.mean(_of(last, VANILLA, "right"))
+    oracle = np.mean(_times(last, ORACLE, "forwards"))
     return (
-        f"Learn2PD on {what}, against one token per pass ({right:.1f} % right): filter {words(FILTER)}; with end of text "
-        f"{words(FILTER_END)}; with dual cache, too, {words(FILTER_DUAL)}; a {middle} without training {words(middle)}; the oracle {np.mean(_times(last, ORACLE, 'forwards')):.1f} times "
-        "fewer passes"
+        f"Learn2PD on {what}, against one token per pass ({right:.1f} % right): filter {words(FILTER)}; with end of "
+        f"text {words(FILTER_END)}; with dual cache, too, {words(FILTER_DUAL)}; a {middle} without training "
+        f"{words(middle)}; the oracle {oracle:.1f} times fewer passes"
     )
 
 
