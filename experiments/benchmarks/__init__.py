@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-MODULES = ("optimizers", "runner", "discovery", "attention", "generation", "lm_head_confidence")
+MODULES = ("optimizers", "runner", "discovery", "attention", "generation", "lm_head_confidence", "expert_ffn")
 
 
 @dataclasses.dataclass(frozen=True)

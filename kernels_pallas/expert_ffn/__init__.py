@@ -79,7 +79,7 @@ def _kernel(name: str, activation: Activation, limit: int, interpret: Any) -> Ke
         return functools.partial(xla.forward, activation=activation)
     module = tpu if name == "pallas_tpu" else gpu
 
-    def kernel(x: Array, up: Array, down: Array, scores: Array, union: Active, first: Array) -> Array:
+    def kernel(x: Array, up: Array, down: Array, scores: Array, union: Active, first: Any) -> Array:
         if module.refusal(x, up, down, scores.shape[1]) is not None:  # more tokens, under vmap, than were checked
             return xla.forward(x, up, down, scores, union, first, activation)
         return module.forward(
@@ -112,6 +112,8 @@ def _run(
         name = resolve_implementation(implementation, AVAILABLE, refusals=refusals)
     default = xla.most_active(up.shape[0]) if name == "xla" else up.shape[0]
     limit = default if max_active is None else _limit(max_active, up.shape[0])
+    if not tokens.shape[0]:
+        return x
     if active is None:
         active = (flat != 0).any(0)
     op = differentiable(_kernel(name, activation, limit, interpret), activation, limit)
@@ -119,16 +121,16 @@ def _run(
 
 
 def expert_ffn(
-    x: Float[Array, "*_ D"],
-    up: Float[Array, "_ _ _"],
-    down: Float[Array, "_ _ _"],
-    scores: Float[Array, "*_ _"],
+    x: Float[Array, "... D"],
+    up: Float[Array, "..."],
+    down: Float[Array, "..."],
+    scores: Float[Array, "..."],
     *,
-    active: Bool[Array, "_"] | None = None,
+    active: Bool[Array, "..."] | None = None,
     activation: Activation = "silu",
     max_active: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "*_ D"]:
+) -> Float[Array, "... D"]:
     """The sum y = Σₑ scores[:, e] · (act(x·upₑᵀ)·downₑ), computed for active experts only: see the module.
 
     Gradients: the backward pass skips inactive experts too. That is exact for x, and for the weights of experts whose

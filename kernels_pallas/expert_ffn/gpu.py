@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import ArrayLike
 
 from kernels_pallas.arrays import Shaped, kernel_output
 from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
@@ -87,7 +88,7 @@ def forward(
     down: Array,
     scores: Array,
     union: Active,
-    first: Array | int,
+    first: ArrayLike,
     *,
     activation: Activation,
     max_active: int,

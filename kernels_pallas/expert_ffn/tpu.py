@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import ArrayLike
 
 from kernels_pallas.arrays import Shaped, kernel_output
 from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
@@ -105,7 +106,7 @@ def forward(
     down: Array,
     scores: Array,
     union: Active,
-    first: Array | int,
+    first: ArrayLike,
     *,
     activation: Activation,
     max_active: int,

@@ -22,7 +22,7 @@ from kernels_pallas.expert_ffn import xla
 from kernels_pallas.expert_ffn.problem import Activation, Active, active_experts
 from kernels_pallas.expert_ffn.reference import dense_expert_ffn
 
-Kernel = Callable[[Array, Array, Array, Array, Active, Array], Array]
+Kernel = Callable[[Array, Array, Array, Array, Active, Any], Array]
 """``kernel(x, up, down, scores, union, first)``: expert e is slab first + e."""
 
 
@@ -30,16 +30,16 @@ def _dense(x: Array, up: Array, down: Array, scores: Array, active: Array, activ
     return dense_expert_ffn(x, up, down, jnp.where(active, scores, 0), activation=activation)
 
 
-def _own(weights: Array, first: Array, experts: int) -> Array:
+def _own(weights: Array, first: Any, experts: int) -> Array:
     """The slabs of one example out of those of all."""
     return weights if weights.shape[0] == experts else jax.lax.dynamic_slice_in_dim(weights, first, experts)
 
 
-def _spread(array: Array, size: int, batched: bool) -> Array:
+def _spread(array: Any, size: int, batched: bool) -> Array:
     return array if batched else jnp.broadcast_to(array, (size, *array.shape))
 
 
-def _one_by_one(run: Callable[..., Any], size: int, batched: Sequence[bool], arguments: Sequence[Array]) -> Any:
+def _one_by_one(run: Callable[..., Any], size: int, batched: Sequence[bool], arguments: Sequence[Any]) -> Any:
     """Examples in a sequential loop. Weights are put on top of each other instead of sliced by the loop."""
     x, up, down, scores, active, first, *rest = arguments
     first = _spread(first, size, batched[5])
@@ -62,7 +62,7 @@ def differentiable(kernel: Kernel, activation: Activation, max_active: int) -> C
     """``op(x, up, down, scores, active)`` on top of a kernel; with more than ``max_active`` experts it is dense."""
 
     @custom_vmap
-    def run(x: Array, up: Array, down: Array, scores: Array, active: Array, first: Array) -> Array:
+    def run(x: Array, up: Array, down: Array, scores: Array, active: Array, first: Any) -> Array:
         union, experts = active_experts(active), scores.shape[1]
 
         def sparse() -> Array:
@@ -74,7 +74,7 @@ def differentiable(kernel: Kernel, activation: Activation, max_active: int) -> C
         return sparse() if max_active >= experts else jax.lax.cond(union.number > max_active, dense, sparse)
 
     @run.def_vmap
-    def _run_batched(size: int, batched: Sequence[bool], *arguments: Array) -> tuple[Array, bool]:
+    def _run_batched(size: int, batched: Sequence[bool], *arguments: Any) -> tuple[Array, bool]:
         if batched[1] or batched[2] or batched[5]:
             return _one_by_one(run, size, batched, arguments), True
         x, up, down, scores, active, first = arguments
@@ -90,12 +90,12 @@ def differentiable(kernel: Kernel, activation: Activation, max_active: int) -> C
 
     @custom_vmap
     def pull(
-        x: Array, up: Array, down: Array, scores: Array, active: Array, first: Array, grad: Array
+        x: Array, up: Array, down: Array, scores: Array, active: Array, first: Any, grad: Array
     ) -> tuple[Array, Array, Array, Array]:
         return xla.backward(x, up, down, scores, active_experts(active), first, grad, activation)
 
     @pull.def_vmap
-    def _pull_batched(size: int, batched: Sequence[bool], *arguments: Array) -> tuple[Any, Any]:
+    def _pull_batched(size: int, batched: Sequence[bool], *arguments: Any) -> tuple[Any, Any]:
         # Each example has gradients of its own for the weights: no product is shared.
         return _one_by_one(pull, size, batched, arguments), (True,) * 4
 

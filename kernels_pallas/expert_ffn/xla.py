@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from kernels_pallas.arrays import accumulator, varying_zeros
 from kernels_pallas.expert_ffn.problem import ACTIVATIONS, Activation, Active
@@ -38,7 +38,7 @@ def forward(
     down: Float[Array, "slabs de D"],
     scores: Float[Array, "T Ne"],
     union: Active,
-    first: Array | int,
+    first: ArrayLike,
     activation: Activation,
 ) -> Float[Array, "T D"]:
     """The sum over the experts of ``union``; expert e is slab ``first`` + e."""
@@ -72,7 +72,7 @@ def backward(
     down: Float[Array, "slabs de D"],
     scores: Float[Array, "T Ne"],
     union: Active,
-    first: Array | int,
+    first: ArrayLike,
     grad: Float[Array, "T D"],
     activation: Activation,
 ) -> tuple[Array, Array, Array, Array]:

@@ -178,5 +178,6 @@ def megablox_ffn(shape: Shape) -> Program:
         (sorted_tokens, weights, weights, sizes),
         flops=4.0 * active * rows * size * width,
         bytes=2.0 * active * size * width * item + active * rows * (width * (item + 8) + size * (item + 8)),
+        trips={"gmm": (active,)},  # its grid is as long as there are groups with rows, which is known at run time
         note="two grouped products over a copy of the tokens for each active expert",
     )

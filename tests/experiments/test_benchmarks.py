@@ -14,6 +14,7 @@ from experiments.benchmarks import (
     Measurement,
     attention,
     discovery,
+    expert_ffn,
     generation,
     lm_head_confidence,
     optimizers,
@@ -37,6 +38,8 @@ def small(monkeypatch, task):
         monkeypatch.setattr(attention, name, value)
     for name, value in {"CASES": ((1, 8), (2, 8)), "LONGER": 160, "CAPACITY": 96, "NEW": 4}.items():
         monkeypatch.setattr(generation, name, value)
+    monkeypatch.setattr(expert_ffn, "SIZES", ((32, 6, 8),))
+    monkeypatch.setattr(expert_ffn, "ACTIVE", ((1, 2), (3, 4)))
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
     monkeypatch.setattr(generation, "load_pretrained", tiny_model)
@@ -96,6 +99,15 @@ def test_goals_of_attention_stand_at_the_sizes_that_they_are_stated_for(monkeypa
     (grown,) = [m for m in found if m.name == "block top-k, 32768 cached tokens / 4096"]
     assert grown.goal == f"<= {(2 * 1024 + 32_768 / 16) / (2 * 1024 + 4096 / 16):.2f}"
     assert sum("4 iterations" in m.detail or "4.0 iterations (at most 5)" in m.detail for m in found) == 5
+
+
+def test_goals_of_the_union_kernel_are_those_of_its_bound(monkeypatch):
+    timing = expert_ffn.cost.Timing((1.0, 1.0, 1.0))
+    monkeypatch.setattr(expert_ffn, "SIZES", ((32, 48, 8),))
+    monkeypatch.setattr(expert_ffn, "ACTIVE", ((1, 9), (8, 14)))
+    monkeypatch.setattr(expert_ffn.cost, "time_in_turn", lambda calls, **options: dict.fromkeys(calls, timing))
+    found = list(expert_ffn.measure(BenchOptions(repeats=3)))
+    assert [m.goal for m in found] == [">= 3.56", "<= 1.10", "", ">= 2.29", "<= 1.10", ""]
 
 
 def test_naive_attention_in_torch_is_local_linear_attention():

@@ -9,8 +9,7 @@ import pytest
 
 from kernels_pallas import expert_ffn as op
 from kernels_pallas.expert_ffn import gpu, tpu
-from kernels_pallas.expert_ffn.reference import naive
-from tests.kernels_pallas.expert_ffn.problems import problem
+from tests.kernels_pallas.expert_ffn.problems import expected, problem
 
 # Float32: sums of a few hundred products of order one. Bfloat16: the hidden activations are rounded to it as well.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 4e-2}
@@ -24,7 +23,7 @@ def interpreted(x, up, down, scores, active=None, *, name, activation="silu", li
 
 def compare(name, dtype=jnp.float32, activation="silu", limit=None, poison=True, **options):
     x, up, down, scores = problem(**{"width": 256, "size": 32, **options}, dtype=dtype)
-    want = naive(x, up, down, scores, activation=activation)
+    want = expected(x, up, down, scores, activation=activation)
     if poison:  # an inactive expert is not read
         off = ~(scores != 0).any(0)[:, None, None]
         up, down = (jnp.where(off, jnp.nan, w).astype(dtype) for w in (up, down))
@@ -91,7 +90,7 @@ def test_gradient_and_vmap_of_a_kernel(name):
     ups = jnp.stack([up, up[::-1]])
     mapped = jax.vmap(lambda up: interpreted(x, up, down, scores, name=name))(ups)
     for one, weights in zip(mapped, ups, strict=True):
-        np.testing.assert_allclose(one, naive(x, weights, down, scores), atol=1e-5)
+        np.testing.assert_allclose(one, expected(x, weights, down, scores), atol=1e-5)
 
 
 def test_refusals():

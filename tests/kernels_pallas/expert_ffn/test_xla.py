@@ -16,8 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas.expert_ffn import dense_expert_ffn, expert_ffn
 from kernels_pallas.expert_ffn.problem import active_experts
-from kernels_pallas.expert_ffn.reference import naive
-from tests.kernels_pallas.expert_ffn.problems import problem
+from tests.kernels_pallas.expert_ffn.problems import expected, problem
 
 ALL = 6
 W = jnp.cos(jnp.arange(16.0))
@@ -42,7 +41,7 @@ def poisoned(scores, *weights):
 def test_any_union_is_the_equation_and_nothing_else_is_read(tokens, on, seed):
     x, up, down, scores = problem(tokens=tokens, on=tuple(on), seed=seed)
     out = run(x, *poisoned(scores, up, down), scores)
-    np.testing.assert_allclose(out, naive(x, up, down, scores), atol=TOLERANCE[jnp.float32])
+    np.testing.assert_allclose(out, expected(x, up, down, scores), atol=TOLERANCE[jnp.float32])
     np.testing.assert_allclose(out, dense_expert_ffn(x, up, down, scores), atol=TOLERANCE[jnp.float32])
 
 
@@ -56,18 +55,18 @@ def test_active_experts_are_listed_in_order():
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activations(activation):
     args = problem()
-    want = naive(*args, activation=activation)
+    want = expected(*args, activation=activation)
     np.testing.assert_allclose(run(*args, activation=activation), want, atol=1e-5)
     np.testing.assert_allclose(dense_expert_ffn(*args, activation=activation), want, atol=1e-5)
 
 
 def test_float64_and_bfloat16(x64):
     args = problem(dtype=jnp.float64)
-    np.testing.assert_allclose(run(*args), naive(*args), atol=TOLERANCE[jnp.float64])
+    np.testing.assert_allclose(run(*args), expected(*args), atol=TOLERANCE[jnp.float64])
     half = problem(dtype=jnp.bfloat16)
     out = run(*half)
     assert out.dtype == jnp.bfloat16
-    wide = naive(*(a.astype(jnp.float32) for a in half))
+    wide = expected(*(a.astype(jnp.float32) for a in half))
     # Only the result is rounded to bfloat16: 2^-9 of values up to 4.
     np.testing.assert_allclose(np.asarray(out, np.float32), wide, atol=2e-2)
 
@@ -75,7 +74,7 @@ def test_float64_and_bfloat16(x64):
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, None])
 def test_more_active_experts_than_the_limit_are_never_dropped(limit):
     args = problem()
-    np.testing.assert_allclose(run(*args, max_active=limit), naive(*args), atol=1e-5)
+    np.testing.assert_allclose(run(*args, max_active=limit), expected(*args), atol=1e-5)
 
 
 def test_explicit_active_experts_are_the_only_ones():
@@ -85,7 +84,7 @@ def test_explicit_active_experts_are_the_only_ones():
     for limit in (ALL, 1):  # the loop, and the dense form
         np.testing.assert_allclose(
             run(x, up, down, scores, active, max_active=limit),
-            naive(x, up, down, jnp.where(active, scores, 0)),
+            expected(x, up, down, jnp.where(active, scores, 0)),
             atol=1e-5,
         )
 
@@ -100,7 +99,7 @@ def test_nan_is_not_hidden():
 def test_leading_axes_share_one_union():
     x, up, down, scores = problem(tokens=6)
     out = expert_ffn(x.reshape(2, 3, 16), up, down, scores.reshape(2, 3, 6))
-    np.testing.assert_allclose(out.reshape(6, 16), naive(x, up, down, scores), atol=1e-5)
+    np.testing.assert_allclose(out.reshape(6, 16), expected(x, up, down, scores), atol=1e-5)
     assert expert_ffn(x[0], up, down, scores[0]).shape == (16,)
     assert expert_ffn(x[:0], up, down, scores[:0]).shape == (0, 16)
 
@@ -179,7 +178,7 @@ def test_vmap_and_gradients_under_it(x64, axes):
         return [a if axis is None else a[index] for a, axis in zip(args, axes, strict=True)]
 
     out = jax.jit(jax.vmap(run, axes))(*args)
-    close(list(out), [naive(*one(i)) for i in range(3)])
+    close(list(out), [expected(*one(i)) for i in range(3)])
     gradient = jax.grad(functools.partial(loss, run), (0, 1, 2, 3))
     got = jax.jit(jax.vmap(gradient, axes))(*args)
     want = [gradient(*one(i)) for i in range(3)]
@@ -193,7 +192,7 @@ def test_vmap_of_vmap(x64):
     inner = jax.vmap(run, (0, None, None, 0))
     got = jax.vmap(inner, (None, 0, None, None))(xs, ups, down, scores)
     other = jax.vmap(jax.vmap(run, (None, 0, None, None)), (0, None, None, 0))(xs, ups, down, scores)
-    want = jnp.stack([jnp.stack([naive(x, up, down, s) for x, s in zip(xs, scores, strict=True)]) for up in ups])
+    want = jnp.stack([jnp.stack([expected(x, up, down, s) for x, s in zip(xs, scores, strict=True)]) for up in ups])
     close(got, want)
     close(other, want.swapaxes(0, 1))
 
@@ -201,7 +200,7 @@ def test_vmap_of_vmap(x64):
 def test_eight_devices():
     x, up, down, scores = problem(tokens=16, size=8)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    want = naive(x, up, down, scores)
+    want = expected(x, up, down, scores)
 
     def put(array, *axes):
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
