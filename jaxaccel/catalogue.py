@@ -143,8 +143,10 @@ METHODS: tuple[Method, ...] = (
         authors="C. Song, W. Zhao, X. Han, C. Xiao, Y. Chen, Y. Li, Z. Liu, M. Sun",
         arxiv="2507.08771",
         family="moe",
-        module="jaxaccel.moe.blockffn",
+        module="jaxaccel.moe.block_ffn",
         cheaper="decoding: feed-forward weights are read only for experts that a chunk of tokens uses",
+        status="done",
+        experiments=("blockffn",),
     ),
     Method(
         slug="harmonica",

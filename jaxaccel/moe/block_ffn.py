@@ -289,13 +289,9 @@ class BlockFFN(nnx.Module):
             raise ValueError("params are given: leave out dim, num_experts, expert_dim and rngs")
         self.router, self.gamma = nnx.Param(params.router), nnx.Param(params.gamma)
         self.up, self.down = nnx.Param(params.up), nnx.Param(params.down)
-        self.options: dict[str, Any] = {
-            "eps": eps,
-            "activation": activation,
-            "sparse": sparse,
-            "max_active": max_active,
-            "implementation": implementation,
-        }
+        # One by one and not as a dict: what is static must be hashable.
+        self.eps, self.activation, self.sparse = eps, activation, sparse
+        self.max_active, self.implementation = max_active, implementation
 
     def parameters(self) -> BlockFFNParams:
         """The arrays, for the pure functions."""
@@ -303,4 +299,12 @@ class BlockFFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "*_ D"]) -> tuple[Float[Array, "*_ D"], Routing]:
         """Apply the layer."""
-        return block_ffn(self.parameters(), x, **self.options)
+        return block_ffn(
+            self.parameters(),
+            x,
+            eps=self.eps,
+            activation=self.activation,
+            sparse=self.sparse,
+            max_active=self.max_active,
+            implementation=self.implementation,
+        )

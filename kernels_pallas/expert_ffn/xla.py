@@ -28,7 +28,7 @@ def most_active(experts: int) -> int:
     return max(1, int(CROSSOVER * experts))
 
 
-def _at(array: Array, index: Array, dtype: jnp.dtype) -> Array:
+def _at(array: Array, index: ArrayLike, dtype: jnp.dtype) -> Array:
     return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False).astype(dtype)
 
 

@@ -55,6 +55,16 @@ SMALLEST = {
         *("--batch-size", "2", "--steps", "4", "--warmup-steps", "1", "--norm-learning-rates", "0.003"),
         *("--validation-rows", "2"),
     ],
+    "blockffn": [
+        *("--width", "8", "--heads", "2", "--layers", "1", "--experts", "4", "--expert-dim", "2", "--top-k", "2"),
+        *("--length", "8", "--chunk-size", "4", "--batch-size", "2", "--steps", "2", "--rates", "0.003"),
+        *("--heal-steps", "1", "--validation-rows", "2", "--decoded", "1", "2", "--repeats", "3"),
+    ],
+    "learn2pd": [
+        *("--layers", "1", "--width", "8", "--heads", "2", "--stages", "2", "3", "--batch-size", "2"),
+        *("--gen-length", "32", "--block-length", "8", "--thresholds", "0.9", "--values", "0.5", "0.9"),
+        *("--filter-prompts", "2", "--filter-steps", "2", "--prompts", "2", "--decode-batch", "2", "--timed", "3"),
+    ],
     "gbnn": [
         *("--tables", "diabetes", "--rows", "60", "--units", "4", "--units-per-step", "1", "2", "--kept", "0.5", "1.0"),
         *("--rates", "0.1", "--adam-rates", "0.01", "--penalties", "0.01", "--inner-steps", "3", "--epochs", "16"),
