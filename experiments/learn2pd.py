@@ -65,11 +65,11 @@ class Learn2pdConfig(Config):
     """Its width."""
     heads: int = 4
     """Its heads."""
-    stages: tuple[int, ...] = (600, 1500)
+    stages: tuple[int, ...] = (500, 1200)
     """Training steps after which it is looked at; the last is the end."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Words of a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Peak rate of AdamW."""
     gen_length: int = 64
     """Tokens of an answer."""

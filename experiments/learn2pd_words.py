@@ -117,6 +117,12 @@ def _optimizer(rate: float, total: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
 
+def small_start(key: jax.Array, config: DecoderConfig) -> Any:
+    """Random parameters of deviation 1/√width: the decoder's 0.02 is made for wide models, and learns little here."""
+    wider = config.hidden_size**-0.5 / 0.02
+    return jax.tree.map(lambda w: wider * w if w.ndim > 1 else w, init_params(key, config))
+
+
 def train_model(
     config: DecoderConfig,
     words: Sequence[str],
@@ -132,7 +138,7 @@ def train_model(
     One run: an earlier stage is the later one's past, at the learning rate it then had.
     """
     rows = np.stack([np.concatenate([encode_prompt(w), encode_answer(w, length)]) for w in words])
-    params = init_params(jax.random.key(seed), config)
+    params = small_start(jax.random.key(seed), config)
     rng, total = np.random.default_rng(seed), stages[-1]
     state = _optimizer(rate, total).init(params)
     found, done = [], 0
