@@ -63,6 +63,8 @@ def test_the_methods_that_are_done():
         "kinetics": ("kinetics", "block_topk_recall", "block_topk_latency"),
         "llm_acceleration": ("medusa", "snapkv_recall"),
         "geb": ("geb",),
+        "blockffn": ("blockffn",),
+        "learn2pd": ("learn2pd",),
         "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)

@@ -11,7 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-MODULES = ("optimizers", "runner", "discovery", "attention", "generation", "lm_head_confidence", "expert_ffn")
+MODULES = (
+    "optimizers",
+    "runner",
+    "discovery",
+    "attention",
+    "generation",
+    "lm_head_confidence",
+    "expert_ffn",
+    "block_ffn_decoding",
+    "diffusion",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,8 @@ def _check(hidden: Array, weight: Array, forbid: int | None) -> None:
         raise ValueError(
             f"hidden has shape {hidden.shape}, expected [..., {weight.shape[1]}] as weight is {weight.shape}"
         )
+    if isinstance(forbid, bool) or not isinstance(forbid, int | None):
+        raise TypeError(f"forbid is {forbid!r}, expected an integer or None")
     if forbid is not None and not 0 <= forbid < weight.shape[0]:
         raise ValueError(f"forbid is {forbid}, expected a token of the {weight.shape[0]} of weight")
     if forbid is not None and weight.shape[0] == 1:
@@ -76,7 +78,7 @@ def lm_head_confidence(
     hidden: Shaped[Array, "*_"],
     weight: Shaped[Array, "*_"],
     *,
-    forbid: int | None = None,
+    forbid: Any = None,
     implementation: str | None = None,
 ) -> HeadConfidence:
     """Argmax of ``hidden·weightᵀ`` and its softmax probability, without the logits: see the module.
@@ -88,8 +90,8 @@ def lm_head_confidence(
         implementation: ``"xla"``, ``"pallas_tpu"``, ``"pallas_gpu"``; the best for the platform by default.
 
     Returns:
-        `HeadConfidence` of shape [...]. Of equal logits the lowest token wins. Where a logit of a row is NaN its
-        confidence is NaN, and its token means nothing.
+        `HeadConfidence` of shape [...]. Of equal logits the lowest token wins. Where a logit of a row is NaN, or
+            all are −∞, its confidence is NaN, and its token means nothing.
 
     Raises:
         ValueError: for shapes that do not fit, ``forbid`` outside the vocabulary, an implementation that is unknown or

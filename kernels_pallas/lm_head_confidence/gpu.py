@@ -57,7 +57,7 @@ def _body(h_ref: Any, w_ref: Any, *refs: Any, forbid: int, size: int, rows: int,
         logits = jax.lax.fori_loop(0, width // depth, product, jnp.zeros((rows, TILE), jnp.float32))
         return update(stats, logits, column[None], forbid, size)
 
-    stats = jax.lax.fori_loop(0, tiles, turn, start((rows, 1), jnp.dtype(jnp.int32)))
+    stats = jax.lax.fori_loop(0, tiles, turn, start((rows, 1), jnp.dtype(jnp.int32), forbid))
     for ref, value in zip(refs, stats, strict=True):
         ref[here, pl.ds(part, 1)] = value
 

@@ -28,8 +28,9 @@ def merge(stats: Stats, axis: int) -> Stats:
 
 
 def answer(stats: Stats) -> tuple[Array, Array]:
-    """Token and confidence. A NaN among the logits is in the total."""
-    return stats.place.astype(jnp.int32), jnp.exp(stats.best - stats.top) / stats.total
+    """Token and confidence. A NaN among the logits is in the total; where all are −∞ there is no probability: NaN."""
+    confidence = jnp.exp(stats.best - stats.top) / stats.total
+    return stats.place.astype(jnp.int32), jnp.where(stats.total == 0, jnp.nan, confidence)
 
 
 def update(stats: Stats, logits: Array, column: Array, forbid: int, size: int) -> Stats:
@@ -49,7 +50,7 @@ def update(stats: Stats, logits: Array, column: Array, forbid: int, size: int) -
     return Stats(top, total, jnp.where(better, best, stats.best), jnp.where(better, place, stats.place))
 
 
-def start(shape: tuple[int, ...], place: jnp.dtype) -> Stats:
-    """Of no logits at all."""
+def start(shape: tuple[int, ...], place: jnp.dtype, forbid: int) -> Stats:
+    """Of no logits at all. Where none is ever better the place stays: it must not be the forbidden one."""
     lowest = jnp.full(shape, LOWEST, jnp.float32)
-    return Stats(lowest, jnp.zeros(shape, jnp.float32), lowest, jnp.zeros(shape, place))
+    return Stats(lowest, jnp.zeros(shape, jnp.float32), lowest, jnp.full(shape, int(forbid == 0), place))

@@ -56,7 +56,7 @@ def _body(
 
     @pl.when(turn == 0)
     def _() -> None:
-        for ref, value in zip(refs, start((rows, 1), jnp.dtype(jnp.float32)), strict=True):
+        for ref, value in zip(refs, start((rows, 1), jnp.dtype(jnp.float32), forbid), strict=True):
             ref[...] = value
 
     precision = jax.lax.Precision.HIGHEST if h_ref.dtype == jnp.float32 else None

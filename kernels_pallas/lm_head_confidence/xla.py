@@ -24,7 +24,7 @@ def confidence(
     # Products of 16-bit numbers are exact in float32. CPUs have no fast product of them: the part is widened there.
     narrow = jax.default_backend() != "cpu" and hidden.dtype == weight.dtype
     rows = hidden if narrow else hidden.astype(jnp.float32)
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
 
     def body(turn: Array, stats: Stats) -> Stats:
         # The last part overlaps the one before; what was seen is seen again and must not count twice.
@@ -38,7 +38,7 @@ def confidence(
         return update(stats, logits, jnp.where(column < turn * part, size, column), forbid, size)
 
     zeros = varying_zeros((hidden, weight), (hidden.shape[0], 1), jnp.float32)
-    first = jax.tree.map(lambda x: x + zeros.astype(x.dtype), start(zeros.shape, jnp.dtype(jnp.int32)))
+    first = jax.tree.map(lambda x: x + zeros.astype(x.dtype), start(zeros.shape, jnp.dtype(jnp.int32), forbid))
     stats = jax.lax.fori_loop(0, -(-size // part), body, first)
     token, found = answer(stats)
     return token[:, 0], found[:, 0]

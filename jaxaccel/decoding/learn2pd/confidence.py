@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxaccel.compression import linear
+from kernels_pallas.lm_head_confidence import lm_head_confidence
 
 
 class DiffusionModel(NamedTuple):
@@ -105,6 +106,8 @@ def predict(
     if isinstance(model, DiffusionModel):
         matrix = model.matrix(params)
         _check_mask(mask_id, matrix.shape[0])
+        if isinstance(matrix, jax.Array) and not (cfg_scale or temperature):
+            return lm_head_confidence(rows, matrix, forbid=mask_id)  # no logits are written
         logits = linear(rows, matrix)
     else:
         _check_mask(mask_id, rows.shape[-1])
