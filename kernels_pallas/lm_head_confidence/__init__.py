@@ -43,7 +43,7 @@ class HeadConfidence(NamedTuple):
     confidence: Float[Array, "*_"]  # float32, 0 to 1; NaN where a logit is NaN
 
 
-def _check(hidden: Array, weight: Array, forbid: int | None) -> None:
+def _check(hidden: Array, weight: Array, forbid: Any) -> None:
     for name, array in (("hidden", hidden), ("weight", weight)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} has dtype {array.dtype}, expected a real floating type")
