@@ -65,7 +65,7 @@ class Learn2pdConfig(Config):
     """Its width."""
     heads: int = 4
     """Its heads."""
-    stages: tuple[int, ...] = (500, 1200)
+    stages: tuple[int, ...] = (800, 2500)
     """Training steps after which it is looked at; the last is the end."""
     batch_size: int = 64
     """Words of a step."""

@@ -12,7 +12,7 @@ from experiments.learn2pd_arms import FILTER, FILTER_DUAL, ORACLE, VANILLA, arms
 from experiments.runner import stats
 from jaxaccel.decoding.learn2pd import train_filter
 
-CONFIG = learn2pd.Learn2pdConfig(stages=(1200,), prompts=100)
+CONFIG = learn2pd.Learn2pdConfig(stages=(2500,), prompts=100)
 """The quick preset's model at the end of its training."""
 
 
