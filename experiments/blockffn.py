@@ -67,6 +67,10 @@ class BlockFFNConfig(Config):
     """Factor on the locality loss."""
     sparsification: float = 5e-2
     """Factor that the sparsification loss starts with."""
+    stable_steps: int = 1000
+    """Steps of a constant factor: all of a short training."""
+    adjust_every: int = 100
+    """Steps after which it then changes."""
     heal_steps: int = 100
     """Training steps after a dense model was cut into experts; 0 leaves that out."""
     validation_rows: int = 64
@@ -101,6 +105,10 @@ class BlockFFNConfig(Config):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
         if self.heal_steps < 0 or min(self.locality, self.sparsification) <= 0:
             raise ValueError("heal_steps must be >= 0, locality and sparsification positive")
+        if not 0 < 2 * self.adjust_every <= self.stable_steps:
+            raise ValueError(
+                f"stable_steps must be at least twice adjust_every, got {self.stable_steps} and {self.adjust_every}"
+            )
         if not self.arms or "BlockFFN" not in self.arms:
             raise ValueError(f"arms must hold 'BlockFFN', got {self.arms}")
         if not self.decoded or min(self.decoded) < 1 or max(self.decoded) > self.length:
@@ -145,7 +153,13 @@ def _one(
         config.top_k,
     )  # fmt: skip
     schedule = training.Schedule(
-        config.steps, config.batch_size, config.chunk_size, config.locality, config.sparsification
+        config.steps,
+        config.batch_size,
+        config.chunk_size,
+        config.locality,
+        config.sparsification,
+        config.stable_steps,
+        config.adjust_every,
     )
     graph, start = network.graph(KINDS[arm], seed)
     best: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxaccel.models import AttentionSublayer
-from jaxaccel.moe import BlockFFN, BlockFFNParams, Routing, block_ffn_init
+from jaxaccel.moe import BlockFFN, Routing, block_ffn_init
 from kernels_pallas.expert_ffn import dense_expert_ffn
 
 Kind = Literal["blockffn", "topk", "remoe", "dense"]
@@ -113,11 +113,6 @@ class ExpertLM(nnx.Module):
             routing.append(routed)
         logits = self.head(self.norm(x))
         return Output(logits, () if routing[0] is None else tuple(routing), tuple(inputs))
-
-
-def layer_of(params: Any, number: int) -> BlockFFNParams:
-    """Parameters of one BlockFFN layer of a trained `ExpertLM`."""
-    return BlockFFNParams(**params["networks"][number])
 
 
 # Losses of the others -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.blockffn_model import ExpertLM, Kind, balance_loss, layer_of, remoe_factor, remoe_penalty
+from experiments.blockffn_model import ExpertLM, Kind, balance_loss, remoe_factor, remoe_penalty
 from experiments.data import hub
 from experiments.data.arrays import Windows
 from experiments.data.text import load_python_topics
@@ -63,6 +63,8 @@ class Schedule:
     chunk_size: int
     locality: float
     sparsification: float
+    stable_steps: int
+    adjust_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,9 @@ def _program(
     graph: Any, kind: Kind, losses: bool, network: Network, schedule: Schedule
 ) -> tuple[Any, Any, Callable[..., Any]]:
     """Optimizer, controller of the factor, and the compiled chunk of steps."""
-    every = max(1, schedule.steps // 20)
-    factor = adaptive_factor(schedule.sparsification, stable_steps=2 * every, adjust_every=every)
+    factor = adaptive_factor(
+        schedule.sparsification, stable_steps=schedule.stable_steps, adjust_every=schedule.adjust_every
+    )
 
     def loss(params: Any, tokens: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
         out = nnx.merge(graph, params)(tokens[:, :-1])
@@ -234,6 +237,3 @@ def converted(graph: Any, params: Any, data: Data, network: Network, seed: int) 
     target.norms, target.norm, target.head = source.norms, source.norm, source.head
     graph, params = nnx.split(target)
     return graph, params, float(np.mean(errors))
-
-
-__all__ = ["Data", "Network", "Schedule", "converted", "layer_of", "load_data", "measure", "train"]
