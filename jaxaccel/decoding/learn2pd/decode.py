@@ -87,8 +87,8 @@ def decode(
 ) -> DecodeResult:
     """Fill G masks after each prompt, block by block, several tokens per pass.
 
-    Rows are independent: each gets what it would get alone. Works under `jax.jit`, where the prompt's tokens are not
-    checked.
+    Rows are independent: each gets what it would get alone, up to draws, whose keys depend on the row. Works under
+    `jax.jit`, where the prompt's tokens are not checked.
 
     Args:
         apply_fn: ``(params, tokens [B, n], *, kv, positions [B, n], key_mask [B, S], return_kv) -> logits [B, n, V][,
