@@ -1,7 +1,7 @@
 """What the implementations of every op need to know about their arrays."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,15 @@ def _varying(arrays: Sequence[jax.Array]) -> frozenset[str]:
     return frozenset().union(*(getattr(t, "vma", ()) for t in types))
 
 
+def _vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """``x``, typed as different on each device along ``axes``; JAX calls this ``pvary`` in 0.8 and ``pcast`` since."""
+    if not axes:
+        return x
+    if pvary := getattr(jax.lax, "pvary", None):
+        return cast(jax.Array, pvary(x, tuple(axes)))
+    return jax.lax.pcast(x, tuple(axes), to="varying")
+
+
 def kernel_output(arrays: Sequence[jax.Array], shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a kernel's output that varies over the mesh axes that any of ``arrays`` varies over.
 
@@ -46,10 +55,9 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """
     axes = _varying(arrays)
     missing = [tuple(sorted(axes - _varying([x]))) for x in arrays]
-    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
+    return tuple(_vary(x, m) for x, m in zip(arrays, missing, strict=True))
 
 
 def varying_zeros(arrays: Sequence[jax.Array], shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Zeros that vary over the mesh axes that any of ``arrays`` varies over: what a loop starts with must say so."""
-    zeros, axes = jnp.zeros(shape, dtype), tuple(sorted(_varying(arrays)))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return _vary(jnp.zeros(shape, dtype), sorted(_varying(arrays)))
