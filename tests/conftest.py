@@ -1,5 +1,6 @@
 """Shared set-up of the suite: eight CPU devices, a persistent compilation cache, run-time shape checks."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -54,3 +55,19 @@ def vectors():
         return np.load(path, allow_pickle=False)
 
     return load
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_let_go():
+    """Forget compiled programs before there are too many of them.
+
+    Each one takes a few mappings of memory. Linux allows a process 65,530, and LLVM crashes where there are no more.
+    """
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -1,4 +1,4 @@
-"""The union kernels as cases for `kernels_pallas.prove`, with the kernel of sorted tokens, megablox, as the peer."""
+"""The union kernels as cases for `kernels_pallas.prove`, beside kernels for sorted tokens: megablox and ragged_dot."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -64,6 +64,11 @@ _SIZES = (
 )
 
 CASES = (
-    Case("expert_ffn", "forward", "tpu", _forward(tpu), _SIZES, ("v5e", "v6e"), {"megablox": _peer("megablox_ffn")}),
-    Case("expert_ffn", "forward", "gpu", _forward(gpu), _SIZES, ("h100",)),
+    Case(
+        "expert_ffn", "forward", "tpu", _forward(tpu), _SIZES, ("v5e", "v6e"),
+        {"megablox": _peer("megablox_ffn"), "ragged_dot": _peer("ragged_dot_ffn")},
+    ),
+    Case(
+        "expert_ffn", "forward", "gpu", _forward(gpu), _SIZES, ("h100",), {"ragged_dot": _peer("gpu_ragged_dot_ffn")}
+    ),
 )

@@ -5,6 +5,8 @@ passes over names that it does not know. Blocks of the forward passes are the be
 static cycles for v5e at S = 8192 and H = 128, so that the comparison is with a tuned peer.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as gpu_attention
@@ -180,4 +182,50 @@ def megablox_ffn(shape: Shape) -> Program:
         bytes=2.0 * active * size * width * item + active * rows * (width * (item + 8) + size * (item + 8)),
         trips={"gmm": (active,)},  # its grid is as long as there are groups with rows, which is known at run time
         note="two grouped products over a copy of the tokens for each active expert",
+    )
+
+
+def _ragged(shape: Shape) -> Program:
+    tokens, width, experts, size, active = (shape[name] for name in ("n", "D", "Ne", "de", "active"))
+    dtype = jnp.dtype(shape["dtype"])
+
+    def function(x: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
+        hidden = jax.lax.ragged_dot(x, up, sizes, preferred_element_type=jnp.float32)
+        out = jax.lax.ragged_dot(
+            jax.nn.silu(hidden).astype(dtype), down, sizes, preferred_element_type=jnp.float32
+        )  # fmt: skip
+        return out.reshape(active, tokens, width).sum(0)
+
+    arrays = ((active * tokens, width), (experts, width, size), (experts, size, width))
+    return Program(
+        function,
+        (*(jax.ShapeDtypeStruct(s, dtype) for s in arrays), jax.ShapeDtypeStruct((experts,), jnp.int32)),
+        flops=4.0 * active * tokens * size * width,
+        bytes=2.0 * active * size * width * dtype.itemsize + active * tokens * (width + size) * (dtype.itemsize + 4),
+        note="two ragged products over a copy of the tokens for each active expert",
+    )
+
+
+def ragged_dot_ffn(shape: Shape) -> Program:
+    """The experts of n tokens by two ``jax.lax.ragged_dot``, which XLA gives to a kernel of its own on TPUs.
+
+    Grid steps of that kernel are counted at run time, so that there is no static time.
+    """
+    return _ragged(shape)
+
+
+def gpu_ragged_dot_ffn(shape: Shape) -> Program:
+    """The experts of n tokens by two ``jax.lax.ragged_dot`` as XLA compiles them for GPUs.
+
+    It writes a copy of each row for every expert, zero but for its own, and multiplies these with all experts.
+    """
+    program = _ragged(shape)
+    tokens, width, experts, size, active = (shape[name] for name in ("n", "D", "Ne", "de", "active"))
+    item = jnp.dtype(shape["dtype"]).itemsize
+    copies = 2.0 * active * tokens * experts * (width + size) * item  # written, then read
+    return dataclasses.replace(
+        program,
+        flops=program.flops * experts,
+        bytes=program.bytes + copies + 2.0 * (experts - active) * size * width * item,
+        note="two ragged products; XLA multiplies masked copies of the tokens with all experts",
     )

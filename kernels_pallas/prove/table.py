@@ -54,6 +54,12 @@ def _shape(proof: Proof) -> str:
     return " ".join(f"{name}={value}" for name, value in proof.job.shape.items())
 
 
+def _without_kernel(proof: Proof, columns: Sequence[str]) -> list[str]:
+    """The row of a program that XLA compiles alone: what is known is what it keeps in memory outside the chip."""
+    kernel = f"(XLA, {size(proof.temp_bytes)} of temporaries)"
+    return [proof.job.name, proof.job.target, _shape(proof), kernel, *[""] * (len(columns) - 4)]
+
+
 def _tpu_rows(proof: Proof, chip: TpuTarget) -> list[list[str]]:
     rows = []
     for kernel in proof.kernels:
@@ -72,8 +78,7 @@ def _tpu_rows(proof: Proof, chip: TpuTarget) -> list[list[str]]:
                 duration(cycles / chip.clock) if cycles is not None else "?", "", "", "",
             ]
         )  # fmt: skip
-    if not rows:
-        return [[proof.job.name, proof.job.target, _shape(proof), "(no kernel)", *[""] * 10]]
+    rows = rows or [_without_kernel(proof, TPU_COLUMNS)]
     rows[0][11:13] = [size(proof.bytes), f"{duration(proof.roofline)} ({proof.bound})"]
     if proof.static_seconds is not None:
         rows[0][13] = f"{proof.static_seconds / proof.roofline:.2f}" if proof.roofline else "?"
@@ -94,8 +99,7 @@ def _gpu_rows(proof: Proof, chip: GpuTarget) -> list[list[str]]:
                 str(kernel.warps), str(kernel.blocks_per_core(chip.shared_memory, chip.threads)), counts, "", "",
             ]
         )  # fmt: skip
-    if not rows:
-        return [[proof.job.name, proof.job.target, _shape(proof), "(no kernel)", *[""] * 9]]
+    rows = rows or [_without_kernel(proof, GPU_COLUMNS)]
     rows[0][11:13] = [size(proof.bytes), f"{duration(proof.roofline)} ({proof.bound})"]
     return rows
 

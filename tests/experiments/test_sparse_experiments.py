@@ -1,16 +1,39 @@
 """BlockFFN, Learn2PD and GBNN as experiments: full-size data on tiny files, arms, and what they refuse."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
-from experiments import blockffn, blockffn_training, gbnn, gbnn_models, learn2pd, learn2pd_full, learn2pd_words
+from experiments import (
+    blockffn,
+    blockffn_training,
+    gbnn,
+    gbnn_models,
+    learn2pd,
+    learn2pd_arms,
+    learn2pd_full,
+    learn2pd_words,
+)
 from experiments.blockffn_model import balance_loss, remoe_factor, top_k_scores
 from experiments.data import hub, tables
+from jaxaccel.decoding.learn2pd import Threshold
+from jaxaccel.models import DecoderConfig
 from jaxaccel.moe import Routing
+from tests.models.weights.making import (
+    LLADA_LAYER,
+    LLADA_TOP,
+    byte_words,
+    llada_settings,
+    named,
+    random_params,
+    write_json,
+    write_safetensors,
+)
 
 
 @pytest.fixture
@@ -94,6 +117,66 @@ def test_questions_and_prompts_of_a_hub(write):
         learn2pd_full.load_questions("json", "test", 2, **prompts)
     with pytest.raises(hub.DataError, match="expected inputs"):
         learn2pd_full.load_inputs("json", "train", 2, **questions)
+
+
+@pytest.fixture
+def tiny_llada(tmp_path):
+    """A folder as LLaDA's on the hub: random weights, 256 bytes and a few specials as its tokens."""
+    pre, words = tokenizers.pre_tokenizers, {word: i for i, word in enumerate(byte_words())}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<end>", "<mask>"])
+    folder = tmp_path / "llada"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    config = DecoderConfig.tiny(
+        vocab_size=258, causal=False, num_kv_heads=DecoderConfig.tiny().num_heads, max_positions=160
+    )
+    tensors = named(random_params(config), LLADA_TOP, LLADA_LAYER, "model.transformer.blocks.")
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", llada_settings(config))
+    for name, rows in {
+        "gsm/train": [{"question": "1 + 1?", "answer": "It is #### 2"}],
+        "gsm/test": [{"question": f"{i} + 1?", "answer": f"so #### {i + 1}"} for i in range(3)],
+        "flan/train": [{"inputs": "Translate"}, {"inputs": "Sum up " * 40}],
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def drained(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_a_pretrained_model_and_its_questions(tiny_llada):
+    config = learn2pd.Learn2pdConfig(
+        model=str(tiny_llada / "llada"), dataset=str(tiny_llada / "gsm"), dataset_name="",
+        filter_dataset=str(tiny_llada / "flan"), shots=1, gen_length=16, block_length=8, pad_to=16, prompts=2,
+        decode_batch=2, filter_prompts=2,
+    )  # fmt: skip
+    [(name, problem)] = drained(learn2pd.problems(config, 0))
+    assert name == config.model
+    text = "".join(map(problem.show, problem.prompts[0].tolist())).lstrip("\u00b6")
+    assert text == "Question:_1_+_1?_Answer:_It_is_####_2__Question:_0_+_1?_Answer:"
+    assert problem.prompts.shape == (2, 80)
+    assert problem.filter_prompts.shape == (2, 144)  # cut on the left to what the model's positions leave room for
+    assert problem.right(1, np.array(list(b"that makes 2")))
+    assert not problem.right(1, np.array(list(b"that makes 3")))
+    out = learn2pd_arms.in_batches(problem, learn2pd_arms.Arm("threshold", Threshold(0.5)), problem.prompts)
+    assert out["tokens"].shape == (2, 96)
+    assert (out["tokens"][:, 80:] != problem.mask_id).all()
+    short = dataclasses.replace(config, shots=0, pad_to=200)
+    with pytest.raises(
+        ValueError, match="questions have 200 tokens, which with 16 of the answer exceed the model's 160"
+    ):
+        drained(learn2pd_full.load_problem(short, 0))
 
 
 def test_words_are_split_and_encoded_as_described():

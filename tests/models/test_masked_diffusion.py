@@ -27,26 +27,12 @@ from jaxaccel.models.masked_diffusion import (
 from jaxaccel.models.weights import WeightsError, config_from_hf, params_from_names
 from jaxaccel.models.weights.names import family_of
 from tests.decoding.llada import tensors, tiny_config
-from tests.models.weights.making import write_json, write_safetensors
+from tests.models.weights.making import llada_settings, write_json, write_safetensors
 
 CONFIG = DecoderConfig.tiny(causal=False)
 PARAMS = init_params(jax.random.key(0), CONFIG)
 TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
 hidden_of = jax.jit(masked_diffusion_hidden, static_argnames=("config", "return_kv"))
-
-
-def llada_settings(config):
-    """What LLaDA's config.json says."""
-    return {
-        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": config.hidden_size,
-        "n_heads": config.num_heads, "n_kv_heads": config.num_kv_heads, "n_layers": config.num_layers,
-        "mlp_hidden_size": config.intermediate_size, "max_sequence_length": config.max_positions,
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "vocab_size": config.vocab_size,
-        "embedding_size": config.vocab_size, "weight_tying": config.tie_embeddings, "include_bias": False,
-        "include_qkv_bias": False, "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms",
-        "rope": True, "alibi": False, "attention_layer_norm": False, "scale_logits": False, "clip_qkv": None,
-        "multi_query_attention": None, "mask_token_id": LLADA_MASK, "eos_token_id": LLADA_END, "attention_dropout": 0.0,
-    }  # fmt: skip
 
 
 # LLaDA's files --------------------------------------------------------------------------------------------------------

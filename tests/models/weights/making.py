@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxaccel.models.decoder_config import DecoderConfig, parameter_shapes
+from jaxaccel.models.masked_diffusion import LLADA_END, LLADA_MASK
 
 TINY = DecoderConfig.tiny(intermediate_size=64)  # rows of 32 and 64: whole blocks of GGUF's 4 and 8 bits
 
@@ -16,6 +17,15 @@ HF = {
     "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
 }  # fmt: skip
 HF_TOP = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+LLADA_LAYER = {
+    "attention_norm": "attn_norm.weight", "q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight",
+    "o": "attn_out.weight", "mlp_norm": "ff_norm.weight", "gate": "ff_proj.weight", "up": "up_proj.weight",
+    "down": "ff_out.weight",
+}  # fmt: skip
+LLADA_TOP = {
+    "embedding": "model.transformer.wte.weight", "final_norm": "model.transformer.ln_f.weight",
+    "head": "model.transformer.ff_out.weight",
+}  # fmt: skip
 GGUF = {
     "attention_norm": "attn_norm.weight", "q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight",
     "o": "attn_output.weight", "mlp_norm": "ffn_norm.weight", "gate": "ffn_gate.weight", "up": "ffn_up.weight",
@@ -72,6 +82,20 @@ def hf_settings(config, **changes):
         "tie_word_embeddings": config.tie_embeddings, "attention_dropout": 0.0,
     }  # fmt: skip
     return settings | changes
+
+
+def llada_settings(config):
+    """What LLaDA's config.json says."""
+    return {
+        "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": config.hidden_size,
+        "n_heads": config.num_heads, "n_kv_heads": config.num_kv_heads, "n_layers": config.num_layers,
+        "mlp_hidden_size": config.intermediate_size, "max_sequence_length": config.max_positions,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size, "weight_tying": config.tie_embeddings, "include_bias": False,
+        "include_qkv_bias": False, "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms",
+        "rope": True, "alibi": False, "attention_layer_norm": False, "scale_logits": False, "clip_qkv": None,
+        "multi_query_attention": None, "mask_token_id": LLADA_MASK, "eos_token_id": LLADA_END, "attention_dropout": 0.0,
+    }  # fmt: skip
 
 
 def write_json(path, value):
