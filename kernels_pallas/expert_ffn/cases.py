@@ -65,10 +65,13 @@ _SIZES = (
 
 CASES = (
     Case(
-        "expert_ffn", "forward", "tpu", _forward(tpu), _SIZES, ("v5e", "v6e"),
+        "expert_ffn",
+        "forward",
+        "tpu",
+        _forward(tpu),
+        _SIZES,
+        ("v5e", "v6e"),
         {"megablox": _peer("megablox_ffn"), "ragged_dot": _peer("ragged_dot_ffn")},
     ),
-    Case(
-        "expert_ffn", "forward", "gpu", _forward(gpu), _SIZES, ("h100",), {"ragged_dot": _peer("gpu_ragged_dot_ffn")}
-    ),
+    Case("expert_ffn", "forward", "gpu", _forward(gpu), _SIZES, ("h100",), {"ragged_dot": _peer("gpu_ragged_dot_ffn")}),
 )

@@ -165,13 +165,13 @@ def test_a_pretrained_model_and_its_questions(tiny_llada):
     assert name == config.model
     text = "".join(map(problem.show, problem.prompts[0].tolist())).lstrip("\u00b6")
     assert text == "Question:_1_+_1?_Answer:_It_is_####_2__Question:_0_+_1?_Answer:"
-    assert problem.prompts.shape == (2, 80)
+    assert problem.prompts.shape == (2, 64)
     assert problem.filter_prompts.shape == (2, 144)  # cut on the left to what the model's positions leave room for
     assert problem.right(1, np.array(list(b"that makes 2")))
     assert not problem.right(1, np.array(list(b"that makes 3")))
     out = learn2pd_arms.in_batches(problem, learn2pd_arms.Arm("threshold", Threshold(0.5)), problem.prompts)
-    assert out["tokens"].shape == (2, 96)
-    assert (out["tokens"][:, 80:] != problem.mask_id).all()
+    assert out["tokens"].shape == (2, 80)
+    assert (out["tokens"][:, 64:] != problem.mask_id).all()
     short = dataclasses.replace(config, shots=0, pad_to=200)
     with pytest.raises(
         ValueError, match="questions have 200 tokens, which with 16 of the answer exceed the model's 160"
