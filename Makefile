@@ -89,7 +89,7 @@ bench: $(STAMP)  ## print speed ratios, measured in turn in one process
 test-lowest: $(LOWEST_STAMP)  ## test the library with the oldest versions that pyproject.toml allows
 	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) tests/optim tests/robustness tests/test_records.py \
 	  tests/attention tests/boosting tests/forecasting tests/compression tests/caching tests/posttraining tests/models/test_decoder.py \
-	  tests/kernels_pallas --ignore=tests/kernels_pallas/prove
+	  tests/kernels_pallas --ignore=tests/kernels_pallas/prove --ignore-glob='*/test_tpu*' --ignore-glob='*/test_gpu*'
 
 $(LOWEST_STAMP):
 	@$(find_python); \
