@@ -91,7 +91,8 @@ def node_histogram(
         Sums [F, N, B, K] in float32, or float64 of float64.
 
     Raises:
-        ValueError: for shapes that do not fit, sizes below 1, an implementation that is unknown or cannot take the call.
+        ValueError: for shapes that do not fit, sizes below 1, an implementation that is unknown or cannot take
+            the call.
         TypeError: for dtypes other than integers and reals, and where a gradient is asked for.
 
     >>> bins, node = jnp.array([[0, 1, 1]]), jnp.array([0, 0, 1])

@@ -107,9 +107,9 @@ def fit_bins(
     Args:
         x: table ``[n, D]``; NaN is left out. Categories are whole numbers below 2²⁴.
         n_bins: B, thresholds of a column; up to 255 bins are kept in a byte.
-        method: ``"quantile"``: the largest value of each of B + 1 groups of equal size but the last, duplicates and all;
-            ``"uniform"``: B equal steps from the smallest value on; ``"midpoint"``: between the last value of a group and
-            the next one, and between all values where there are at most B + 1, which generalises better.
+        method: ``"quantile"``: the largest value of each of B + 1 groups of equal size but the last, duplicates and
+            all; ``"uniform"``: B equal steps from the smallest value on; ``"midpoint"``: between the last value of a
+            group and the next one, and between all values where there are at most B + 1, which generalises better.
         categorical: columns of categories; static.
         category_weight: ``[n]``; of more than B categories those with the largest mean weight are kept.
 
@@ -150,8 +150,8 @@ def fit_bins(
         found, valid, distinct = jax.vmap(lambda column: _categories(column, weight, n_bins))(columns)
         if category_weight is None and not isinstance(distinct, jax.core.Tracer) and int(distinct.max()) > n_bins:
             raise ValueError(
-                f"column {chosen[int(distinct.argmax())]} has {int(distinct.max())} categories, expected at most n_bins, "
-                f"which is {n_bins}: raise it, or pass category_weight"
+                f"column {chosen[int(distinct.argmax())]} has {int(distinct.max())} categories, expected at most "
+                f"n_bins, which is {n_bins}: raise it, or pass category_weight"
             )
         thresholds = thresholds.at[jnp.array(chosen)].set(found)
         n_valid = n_valid.at[jnp.array(chosen)].set(valid.astype(jnp.int32))
@@ -166,7 +166,8 @@ def apply_bins(bins: Bins, x: Any) -> Shaped[Array, "D n"]:
         ValueError: for a table that is none, or has other columns.
 
     Example:
-        >>> apply_bins(fit_bins(jnp.array([[1.0], [2.0], [3.0], [4.0]]), n_bins=1), jnp.array([[2.0], [2.5], [jnp.nan]]))
+        >>> bins = fit_bins(jnp.array([[1.0], [2.0], [3.0], [4.0]]), n_bins=1)
+        >>> apply_bins(bins, jnp.array([[2.0], [2.5], [jnp.nan]]))
         Array([[0, 1, 0]], dtype=uint8)
     """
     columns, n_bins = bins.thresholds.shape

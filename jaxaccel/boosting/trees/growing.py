@@ -1,7 +1,7 @@
 """`grow_tree`: a tree level by level, all of whose sizes are static.
 
-Nodes lie in a heap: the children of node i are 2i + 1 and 2i + 2, and a node that is not split sends every row left. The
-work of a level is rows·features additions and features·nodes·bins scores. Levels are compiled in groups that share the
+Nodes lie in a heap: the children of node i are 2i + 1 and 2i + 2, and a node that is not split sends every row left.
+The work of a level is rows·features additions and features·nodes·bins scores. Levels are compiled in groups that share the
 size of their widest, so that compile time grows with half the depth. A sibling's histogram is not derived by
 subtraction: sums of float32 would lose digits, and XLA's sums pass over all rows either way.
 """
@@ -110,8 +110,8 @@ def grow_tree(
             ``"oblivious"``: the nodes of a level share the split with the largest sum of scores; growing stops only
             where no candidate is left. ``"greedy"``: as GBRL's reference grows: depthwise, but with the score of the
             root taken as 0, and with empty sides.
-        score: ``"l2"``: Σ s²/(w + λ) of both sides together; ``"cosine"``: its root, which matters where sums over nodes
-            or feature weights are compared; ``"newton"``: as l2, for gradients and second derivatives.
+        score: ``"l2"``: Σ s²/(w + λ) of both sides together; ``"cosine"``: its root, which matters where sums over
+            nodes or feature weights are compared; ``"newton"``: as l2, for gradients and second derivatives.
         reg_lambda: λ.
         min_data_in_leaf: least ``count`` of a side. With 0, trees that are not depthwise may have empty sides, and no
             split then comes twice on a path.

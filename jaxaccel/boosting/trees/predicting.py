@@ -44,15 +44,16 @@ def tree_leaves(tree: Tree, x: Float[Array, "n D"]) -> Int[Array, "*t n"]:
 def fold_trees(
     trees: Tree,
     x: Float[Array, "n D"],
-    step: Callable[[Carry, Any, Any], Carry],
+    step: Callable[[Carry, Any, Any, Any], Carry],
     initial: Carry,
     *,
     start: Any = 0,
     stop: Any = None,
 ) -> Carry:
-    """``step(carry, values [C, n, O], number [C])`` for trees in chunks from ``start`` to ``stop``, which may be traced.
+    """``step(carry, values, number, inside)`` for chunks of trees from ``start`` to ``stop``, which may be traced.
 
-    Trees outside of the range have values of zero and keep their number.
+    ``values [C, n, O]`` are those of C trees, ``number [C]`` says which, and ``inside [C]`` whether they are in the
+    range and were not in an earlier chunk: values of the others are zero.
     """
     total, (n, _) = len(trees.feature), x.shape
     stop = total if stop is None else stop
@@ -67,7 +68,7 @@ def fold_trees(
         inside = (number >= start + turn * size) & (number < stop)
         leaf = _leaves(chunk, columns)
         value = jax.vmap(lambda values, place: values[place])(chunk.leaf_value, leaf)
-        return step(carry, jnp.where(inside[:, None, None], value, 0), number)
+        return step(carry, jnp.where(inside[:, None, None], value, 0), number, inside)
 
     turns = jnp.maximum(stop - start + size - 1, 0) // size
     return jax.lax.fori_loop(0, turns, body, initial)
@@ -87,7 +88,8 @@ def predict_trees(
         trees: T trees of one depth, stacked.
         x: rows; NaN goes left.
         scale: factors ``[T, O]``, ``[T, 1]`` or a number.
-        start, stop: the trees that count; may be traced.
+        start: the first tree that counts; may be traced.
+        stop: the one after the last.
 
     Example:
         >>> tree = Tree(*map(jnp.array, ([[0]], [[0.5]], [[False]], [[1.0]], [[[1.0], [2.0]]])))
@@ -98,7 +100,8 @@ def predict_trees(
     factor = jnp.ones((len(trees.feature), 1)) if scale is None else jnp.asarray(scale, trees.leaf_value.dtype)
     factor = jnp.broadcast_to(factor, (len(trees.feature), outputs))
 
-    def step(total: Array, value: Array, number: Array) -> Array:
+    def step(total: Array, value: Array, number: Array, inside: Array) -> Array:
+        del inside
         return total + jnp.sum(value * factor[number][:, None], 0)
 
     zeros = jnp.zeros((len(x), outputs), trees.leaf_value.dtype)
