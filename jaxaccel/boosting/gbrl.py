@@ -225,7 +225,7 @@ def gbrl_init(
     return GBRLState(trees, jnp.zeros((), jnp.int32), _vector("bias", bias, outputs), rate, weights, config)
 
 
-def clip_gradients(gradients: Float[Array, "n *O"], max_norm: Any) -> Float[Array, "n *O"]:
+def clip_gradients(gradients: Any, max_norm: Any) -> Float[Array, "n *O"]:
     """Rows ``[n, O]`` no longer than ``max_norm``; numbers ``[n]`` clamped to ±``max_norm``.
 
     Example:
@@ -234,6 +234,7 @@ def clip_gradients(gradients: Float[Array, "n *O"], max_norm: Any) -> Float[Arra
     """
     if not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}, expected a positive number")
+    gradients = jnp.asarray(gradients)
     if gradients.ndim == 1:
         return jnp.clip(gradients, -max_norm, max_norm)
     norm = jnp.linalg.norm(gradients, axis=-1, keepdims=True)

@@ -16,8 +16,8 @@ values of its two children are together, and the best one of all features and th
 
 from jaxaccel.boosting.trees.bins import Bins, apply_bins, fit_bins
 from jaxaccel.boosting.trees.growing import POLICIES, Tree, grow_tree
-from jaxaccel.boosting.trees.predicting import fold_trees, predict_trees, tree_leaves
+from jaxaccel.boosting.trees.predicting import feature_importances, fold_trees, predict_trees, tree_leaves
 from jaxaccel.boosting.trees.splitting import SCORES
 
-__all__ = ["POLICIES", "SCORES", "Bins", "Tree", "apply_bins", "fit_bins", "fold_trees", "grow_tree", "predict_trees",
-           "tree_leaves"]  # fmt: skip
+__all__ = ["POLICIES", "SCORES", "Bins", "Tree", "apply_bins", "feature_importances", "fit_bins", "fold_trees",
+           "grow_tree", "predict_trees", "tree_leaves"]  # fmt: skip

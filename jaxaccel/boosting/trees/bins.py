@@ -5,6 +5,7 @@ where its bin is larger than b. A column of categories (whole numbers) has the c
 for all others. NaN is larger than nothing and equal to nothing: it goes left at every split.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -133,30 +134,34 @@ def fit_bins(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     chosen = _columns(categorical, jnp.shape(x)[1])
-    x = jnp.asarray(x, jnp.float32)
-    if category_weight is not None and jnp.shape(category_weight) != (len(x),):
-        raise ValueError(f"category_weight has shape {jnp.shape(category_weight)}, expected ({len(x)},)")
+    if category_weight is not None and jnp.shape(category_weight) != (jnp.shape(x)[0],):
+        raise ValueError(f"category_weight has shape {jnp.shape(category_weight)}, expected ({jnp.shape(x)[0]},)")
+    weight = jnp.ones(jnp.shape(x)[0]) if category_weight is None else jnp.asarray(category_weight, jnp.float32)
+    bins, distinct = _fit(jnp.asarray(x, jnp.float32), weight, n_bins=n_bins, method=method, chosen=chosen)
+    if category_weight is None and chosen and not isinstance(distinct, jax.core.Tracer) and distinct.max() > n_bins:
+        raise ValueError(
+            f"column {chosen[int(distinct.argmax())]} has {int(distinct.max())} categories, expected at most n_bins, "
+            f"which is {n_bins}: raise it, or pass category_weight"
+        )
+    return bins
+
+
+@functools.partial(jax.jit, static_argnames=("n_bins", "method", "chosen"))
+def _fit(x: Array, weight: Array, *, n_bins: int, method: str, chosen: tuple[int, ...]) -> tuple[Bins, Array]:
     numeric = [c for c in range(x.shape[1]) if c not in chosen]
     thresholds = jnp.full((x.shape[1], n_bins), jnp.inf)
-    n_valid = jnp.zeros(x.shape[1], jnp.int32)
+    n_valid, distinct = jnp.zeros(x.shape[1], jnp.int32), jnp.zeros(0, jnp.int32)
     if numeric:
         one = {"quantile": _quantile, "uniform": _uniform, "midpoint": _midpoint}[method]
         found, valid = jax.vmap(lambda column: one(column, n_bins))(x[:, jnp.array(numeric)].T)
         thresholds = thresholds.at[jnp.array(numeric)].set(found)
         n_valid = n_valid.at[jnp.array(numeric)].set(valid.astype(jnp.int32))
     if chosen:
-        weight = jnp.ones(len(x)) if category_weight is None else jnp.asarray(category_weight, jnp.float32)
         columns = x[:, jnp.array(chosen)].T
         found, valid, distinct = jax.vmap(lambda column: _categories(column, weight, n_bins))(columns)
-        if category_weight is None and not isinstance(distinct, jax.core.Tracer) and int(distinct.max()) > n_bins:
-            raise ValueError(
-                f"column {chosen[int(distinct.argmax())]} has {int(distinct.max())} categories, expected at most "
-                f"n_bins, which is {n_bins}: raise it, or pass category_weight"
-            )
         thresholds = thresholds.at[jnp.array(chosen)].set(found)
         n_valid = n_valid.at[jnp.array(chosen)].set(valid.astype(jnp.int32))
-    kinds = jnp.asarray(np.isin(np.arange(x.shape[1]), chosen))
-    return Bins(thresholds, n_valid, kinds)
+    return Bins(thresholds, n_valid, jnp.asarray(np.isin(np.arange(x.shape[1]), chosen))), distinct
 
 
 def apply_bins(bins: Bins, x: Any) -> Shaped[Array, "D n"]:
@@ -170,9 +175,13 @@ def apply_bins(bins: Bins, x: Any) -> Shaped[Array, "D n"]:
         >>> apply_bins(bins, jnp.array([[2.0], [2.5], [jnp.nan]]))
         Array([[0, 1, 0]], dtype=uint8)
     """
-    columns, n_bins = bins.thresholds.shape
-    check_table(x, columns)
-    x = jnp.asarray(x, jnp.float32)
+    check_table(x, bins.thresholds.shape[0])
+    return _apply(bins, jnp.asarray(x, jnp.float32))
+
+
+@jax.jit
+def _apply(bins: Bins, x: Array) -> Array:
+    n_bins = bins.thresholds.shape[1]
 
     def one(column: Array, thresholds: Array, is_categorical: Array) -> Array:
         place = jnp.searchsorted(thresholds, column, side="left")

@@ -102,7 +102,20 @@ def predict_trees(
 
     def step(total: Array, value: Array, number: Array, inside: Array) -> Array:
         del inside
-        return total + jnp.sum(value * factor[number][:, None], 0)
+        # One after the other: a row's sum must not depend on how many rows come with it.
+        return jax.lax.scan(lambda t, v: (t + v, None), total, value * factor[number][:, None])[0]
 
     zeros = jnp.zeros((len(x), outputs), trees.leaf_value.dtype)
     return fold_trees(trees, x, step, zeros, start=start, stop=stop)
+
+
+def feature_importances(trees: Tree, n_features: int) -> Float[Array, "D"]:
+    """Share of each column in what splits gain, the mean over trees ``[..., M]``; sums to 1, or 0 without any split.
+
+    It is impurity that is counted, of training rows: columns with many values are flattered.
+    """
+    feature, gain = (a.reshape(-1, a.shape[-1]) for a in (trees.feature, trees.gain))
+    sums = jax.vmap(lambda f, g: jax.ops.segment_sum(g, f, num_segments=n_features))(feature, gain)
+    total = sums.sum(1, keepdims=True)
+    shares = jnp.where(total > 0, sums / jnp.where(total > 0, total, 1), 0).sum(0)
+    return shares / jnp.maximum(shares.sum(), jnp.finfo(shares.dtype).tiny)
