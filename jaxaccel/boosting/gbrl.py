@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxaccel.boosting.trees import Bins, Tree, apply_bins, fit_bins, fold_trees, grow_tree, predict_trees
 from jaxaccel.boosting.trees.bins import METHODS, check_table
@@ -395,8 +395,3 @@ def gbrl_fit(state: GBRLState, x: Any, y: Any, *, steps: Any) -> tuple[GBRLState
     for _ in range(steps):
         state = gbrl_step(state, x, gbrl_predict(state, x) - y, bins=bins)
     return state, jnp.sqrt(0.5 * jnp.sum((gbrl_predict(state, x) - y) ** 2) / len(x))
-
-
-def n_trees(state: GBRLState) -> Int[Array, ""]:
-    """Trees grown and kept."""
-    return jnp.minimum(state.n_trees, state.capacity)
