@@ -19,7 +19,7 @@ from jaxaccel.boosting.gbrl import (
 from jaxaccel.boosting.losses import Loss, encode_targets, mean_loss, newton_step, residuals
 
 __all__ = [
-    "GBNNFit", "GBNNParams", "GBRLState", "LinearSchedule", "Loss", "clip_gradients", "encode_targets", "gbnn_apply", "gbnn_fit", "gbnn_staged", "gbnn_to_mlp", "gbrl_fit",
-    "gbrl_init", "gbrl_predict", "gbrl_step",
+    "GBNNFit", "GBNNParams", "GBRLState", "LinearSchedule", "Loss", "clip_gradients", "encode_targets",
+    "gbnn_apply", "gbnn_fit", "gbnn_staged", "gbnn_to_mlp", "gbrl_fit", "gbrl_init", "gbrl_predict", "gbrl_step",
     "mean_loss", "mlp_apply", "newton_step", "residuals",
 ]  # fmt: skip

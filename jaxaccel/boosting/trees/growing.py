@@ -167,7 +167,7 @@ def _block_size(columns: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("rules", "drawn"))
 def _grow(
-    bins: Bins, binned: Array, stats: Array, weights: Array, mask: Array, key: Array | None, *, rules: Rules, drawn: int
+    bins: Bins, binned: Array, stats: Array, weights: Array, mask: Array, key: Any, *, rules: Rules, drawn: int
 ) -> tuple[Tree, Array]:
     columns, n = binned.shape
     depth, candidates = rules.max_depth, bins.thresholds.shape[1]
