@@ -41,7 +41,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxaccel.boosting.losses import Loss, encode_targets, get_loss, mean_loss, newton_step, residuals
+from jaxaccel.boosting.losses import Loss, check_weight, encode_targets, get_loss, mean_loss, newton_step, residuals
 
 Activation = Callable[[Any], Any]
 
@@ -234,14 +234,7 @@ def _check_arrays(x: Any, y: Any, weight: Any) -> None:
         raise ValueError(f"x has {len(x)} rows and y {len(y)}; they must be equal")
     if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x, np.float64)).all():
         raise ValueError("x must be finite, got NaN or infinity: impute missing inputs first")
-    if weight is None:
-        return
-    if jnp.shape(weight) != (len(x),):
-        raise ValueError(f"sample_weight must have shape ({len(x)},), got {jnp.shape(weight)}")
-    if not isinstance(weight, jax.core.Tracer):
-        values = np.asarray(weight)
-        if not np.isfinite(values).all() or values.min() < 0 or values.sum() == 0:
-            raise ValueError("sample_weight must be finite and >= 0, and not zero for all rows")
+    check_weight(weight, len(x))
 
 
 def gbnn_fit(

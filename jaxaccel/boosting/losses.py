@@ -91,6 +91,18 @@ def get_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
+def check_weight(weight: Any, rows: int) -> None:
+    """Refuse row weights that are not ``[rows]``, not finite, negative, or zero for all rows; ``None`` is all ones."""
+    if weight is None:
+        return
+    if jnp.shape(weight) != (rows,):
+        raise ValueError(f"sample_weight must have shape ({rows},), got {jnp.shape(weight)}")
+    if not isinstance(weight, jax.core.Tracer):
+        values = np.asarray(weight)
+        if not np.isfinite(values).all() or values.min() < 0 or values.sum() == 0:
+            raise ValueError("sample_weight must be finite and >= 0, and not zero for all rows")
+
+
 def _concrete(y: Any) -> np.ndarray | None:
     return None if isinstance(y, jax.core.Tracer) else np.asarray(y)
 
@@ -147,6 +159,20 @@ def encode_targets(y: Any, loss: str | Loss, *, num_classes: int | None = None, 
 def residuals(loss: Loss, f: Float[Array, "n K"], y: Num[Array, "n *t"]) -> Float[Array, "n K"]:
     """Pseudo-residuals −∂L/∂F of every row."""
     return -jax.grad(lambda f: loss.value(f, y).sum())(f)
+
+
+def curvatures(loss: Loss, f: Float[Array, "n K"], y: Num[Array, "n *t"]) -> Float[Array, "n K"]:
+    """Second derivatives ∂²L/∂F_k² of every row; ones for a loss that takes no Newton step."""
+    if not loss.newton:
+        return jnp.ones_like(f)
+    if loss.curvature is not None:
+        return loss.curvature(f, y)
+    slope = jax.grad(lambda f: loss.value(f, y).sum())
+
+    def one(k: Array) -> Array:
+        return jax.jvp(slope, (f,), (jnp.zeros_like(f).at[:, k].set(1),))[1][:, k]
+
+    return jax.vmap(one, out_axes=1)(jnp.arange(f.shape[1]))
 
 
 def newton_step(
