@@ -12,6 +12,8 @@ from kernels_pallas.lm_head_confidence.online import Stats, answer, start, updat
 
 PART = 4096
 """Tokens of a part: logits of a few dozen rows then fit a core's cache."""
+WHOLE = 2**21
+"""So many logits, 8 MiB, are not worth a loop: a part of the matrix is copied before it is multiplied."""
 
 
 def confidence(
@@ -20,7 +22,7 @@ def confidence(
     """Tokens and confidences of all rows."""
     del interpret
     size, width = weight.shape
-    part = min(PART, size)
+    part = size if hidden.shape[0] * size <= WHOLE else min(PART, size)
     # Products of 16-bit numbers are exact in float32. CPUs have no fast product of them: the part is widened there.
     narrow = jax.default_backend() != "cpu" and hidden.dtype == weight.dtype
     rows = hidden if narrow else hidden.astype(jnp.float32)

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.lm_head_confidence import _op, lm_head_confidence
+from kernels_pallas.lm_head_confidence import _op, lm_head_confidence, xla
 from kernels_pallas.lm_head_confidence.reference import naive
 
 NAMES = ("xla", "pallas_tpu", "pallas_gpu")
 # float32 sums of a few thousand exponentials in another order; products of bfloat16 are exact in float32.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    """Sizes here are so small that one part would hold all."""
+    monkeypatch.setattr(xla, "WHOLE", 0)
 
 
 def run(name, hidden, weight, forbid=None):
@@ -99,6 +105,16 @@ def test_rows_without_a_finite_logit_are_never_confident(name):
     token, confidence = run(name, jnp.ones((2, 16)), one, 0)
     assert (token != 0).all()
     np.testing.assert_array_equal(confidence, 0)
+
+
+def test_few_logits_need_no_parts(monkeypatch):
+    hidden, weight = random(70, 5001, 32)
+    parts = lm_head_confidence(hidden, weight, forbid=3)
+    assert "dynamic_slice" in str(jax.make_jaxpr(lm_head_confidence)(hidden, weight))
+    monkeypatch.setattr(xla, "WHOLE", 70 * 5001)
+    whole = lm_head_confidence(hidden, weight, forbid=3)
+    np.testing.assert_array_equal(whole.token, parts.token)
+    np.testing.assert_allclose(whole.confidence, parts.confidence, **CLOSE)
 
 
 def test_leading_axes_vmap_and_jit():
