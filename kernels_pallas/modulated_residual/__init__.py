@@ -165,7 +165,7 @@ def modulated_residual_rows(
         scale: [B, D].
         compute: bool [B], data.
         limit: R, room for samples that compute; static. B if ``None``. If more compute, h is NaN throughout, and
-            ``count`` says how many there are.
+            ``number`` says how many there are.
         eps: added to the variance.
         implementation: as for `modulated_residual`.
 

@@ -49,13 +49,11 @@ class _Plan:
         warps = max(1, min(16, self.rows * self.padded // 256))
         self.options = plt.CompilerParams(num_warps=warps, num_stages=2)
 
-    def place(self, turn: Array) -> tuple[Array, Array, Array]:
-        """Tokens, columns and mask of a turn."""
-        token = ((pl.program_id(1) * self.turns + turn) * self.rows + jnp.arange(self.rows))[:, None]
+    def place(self, tile: Array, turn: Array) -> tuple[Array, Array, Array]:
+        """Tokens, columns and mask of a turn of the program that has this tile."""
+        token = ((tile * self.turns + turn) * self.rows + jnp.arange(self.rows))[:, None]
         column = jnp.arange(self.padded)[None, :]
-        # Places outside are clamped as well as masked: interpreted, both are read.
-        inside = (token < self.length) & (column < self.width)
-        return jnp.minimum(token, self.length - 1), jnp.minimum(column, self.width - 1), inside
+        return token, column, (token < self.length) & (column < self.width)
 
     def read(self, ref: Any, sample: Array, place: tuple[Array, Array, Array]) -> Array:
         token, column, inside = place
@@ -68,9 +66,8 @@ class _Plan:
     def modulations(self, ref: Any, sample: Array) -> list[Array]:
         """Gates, shift and scale of a sample, [1, padded] each."""
         column = jnp.arange(self.padded)[None, :]
-        at = jnp.minimum(column, self.width - 1)
         return [
-            plt.load(ref.at[sample, k, at], mask=column < self.width, other=0.0).astype(jnp.float32)
+            plt.load(ref.at[sample, k, column], mask=column < self.width, other=0.0).astype(jnp.float32)
             for k in range(ref.shape[1])
         ]
 
@@ -85,11 +82,12 @@ def _body(*refs: Any, plan: _Plan, branches: int, eps: float, limit: int | None)
         sample = order_ref[slot]
         writes = slot < jnp.minimum(count_ref[0], limit)
         slot = jnp.minimum(slot, limit - 1)
+    tile = pl.program_id(1)
     mods_ref, x_ref, *branch_refs, new_ref, h_ref = refs
     *gates, shift, scale = plan.modulations(mods_ref, sample)
 
     def turn(index: Array, carry: None) -> None:
-        place = plan.place(index)
+        place = plan.place(tile, index)
         total = plan.read(x_ref, sample, place)
         for gate, ref in zip(gates, branch_refs, strict=True):
             total += gate * plan.read(ref, sample, place)
@@ -168,11 +166,11 @@ def forward_rows(
 def _backward_body(*refs: Any, plan: _Plan, branches: int, eps: float) -> None:
     mods_ref, new_ref, into_new_ref, into_h_ref, *rest = refs
     branch_refs, (x_ref, *into_refs), mods_out = rest[:branches], rest[branches:-1], rest[-1]
-    sample = pl.program_id(0)
+    sample, tile = pl.program_id(0), pl.program_id(1)
     *gates, _, scale = plan.modulations(mods_ref, sample)
 
     def turn(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        place = plan.place(index)
+        place = plan.place(tile, index)
         into_h = plan.read(into_h_ref, sample, place)
         unit, inverse = normed(plan.read(new_ref, sample, place), plan.width, eps)
         slope = pull(unit, inverse, scale, plan.read(into_new_ref, sample, place), into_h, plan.width)
@@ -187,9 +185,8 @@ def _backward_body(*refs: Any, plan: _Plan, branches: int, eps: float) -> None:
     start = tuple(jnp.zeros((1, plan.padded), jnp.float32) for _ in range(branches + 2))
     sums = jax.lax.fori_loop(0, plan.turns, turn, start)
     column = jnp.arange(plan.padded)[None, :]
-    at = jnp.minimum(column, plan.width - 1)
     for k, total in enumerate(sums):
-        plt.store(mods_out.at[sample, pl.program_id(1), k, at], total, mask=column < plan.width)
+        plt.store(mods_out.at[sample, tile, k, column], total, mask=column < plan.width)
 
 
 def backward(

@@ -18,9 +18,9 @@ class ModulatedRows(NamedTuple):
     """What `modulated_residual_rows` gives."""
 
     x: Array  # [B, N, D] the residual stream of all samples, dtype of x
-    h: Array  # [R, N, D] input of the next branch, of the samples that compute it; undefined past count
-    rows: Array  # int32 [R] which samples these are; B past count
-    count: Array  # int32 [] how many there are; above R, h is NaN
+    h: Array  # [R, N, D] input of the next branch, of the samples that compute it; undefined past number
+    rows: Array  # int32 [R] which samples these are; B past number
+    number: Array  # int32 [] how many there are; above R, h is NaN
 
 
 def normed(new: Array, width: int, eps: float) -> tuple[Array, Array]:

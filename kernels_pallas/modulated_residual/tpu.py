@@ -6,7 +6,7 @@ gradients of that block are summed in VMEM over the tokens of a sample.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from kernels_pallas.modulated_residual.problem import dtype_refusal, normed, pul
 
 LANES = 128
 VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel may use by default on the smallest chip
-MOST_TOKENS = 256  # of a step: more do not read faster
 MOST_BRANCHES = 16
+CHUNK = 18432  # elements worked at a time: intermediate results of more do not stay in registers
+CHUNKS = 4  # of a step: enough that reading hides what a step costs
 
 
 def _sublanes(dtype: Any) -> int:
@@ -39,10 +40,13 @@ def _tokens(x: Shaped, branches: int, *, backward: bool) -> int:
     """Tokens of a step: all of a sample, or a multiple of a tile's rows; 0 if not even that fits."""
     least = _sublanes(x.dtype)
     mods = 16 * (branches + 2) * -(-x.shape[2] // LANES) * LANES * 4
-    most = (VMEM_BYTES - mods) // _token_bytes(x.shape[2], x.dtype.itemsize, branches, backward=backward)
-    if x.shape[1] <= min(most, MOST_TOKENS):
+    fit = (VMEM_BYTES - mods) // _token_bytes(x.shape[2], x.dtype.itemsize, branches, backward=backward)
+    most = min(fit, CHUNKS * _chunk(x.shape[2], x.dtype))
+    if x.shape[1] <= most:
         return x.shape[1]
-    return min(most, MOST_TOKENS) // least * least
+    # A divisor of the tokens if there is one that is not small: no step then reaches past the end.
+    steps = range(most // least * least, 0, -least)
+    return next((t for t in steps if x.shape[1] % t == 0 and 2 * t >= steps[0]), max(steps, default=0))
 
 
 def refusal(x: Shaped, branches: Sequence[Shaped], gates: Sequence[Shaped], shift: Shaped, scale: Shaped) -> str | None:
@@ -58,36 +62,60 @@ def refusal(x: Shaped, branches: Sequence[Shaped], gates: Sequence[Shaped], shif
     return None
 
 
-def _stream(x_ref: Any, branch_refs: Sequence[Any], mods: Array, dtype: Any) -> Array:
-    """x′ of a block, rounded, as float32."""
-    total = x_ref[0].astype(jnp.float32)
+def _chunk(width: int, dtype: Any) -> int:
+    """Tokens worked at a time."""
+    return max(8, CHUNK // width // _sublanes(dtype) * _sublanes(dtype))
+
+
+def _chunks(tokens: int, chunk: int, body: Callable[[int, int], None]) -> None:
+    """``body(start, size)`` for all tokens of a block, written out: the compiler overlaps one with the next."""
+    for start in range(0, tokens, chunk):
+        body(start, min(chunk, tokens - start))
+
+
+def _stream(x_ref: Any, branch_refs: Sequence[Any], mods_ref: Any, rows: Any, dtype: Any) -> Array:
+    """x′ of some rows, rounded."""
+    total = x_ref[0, rows].astype(jnp.float32)
     for k, ref in enumerate(branch_refs):
-        total = total + mods[k : k + 1] * ref[0].astype(jnp.float32)
-    return total.astype(dtype).astype(jnp.float32)
+        total = total + mods_ref[0, k : k + 1] * ref[0, rows].astype(jnp.float32)
+    return total.astype(dtype)
+
+
+def _modulated(new: Array, mods_ref: Any, branches: int, eps: float) -> Array:
+    unit, _ = normed(new.astype(jnp.float32), new.shape[-1], eps)
+    return unit * (1 + mods_ref[0, branches + 1 :]) + mods_ref[0, branches : branches + 1]
 
 
 def _body(mods_ref: Any, x_ref: Any, *refs: Any, branches: int, eps: float) -> None:
     new_ref, h_ref = refs[branches:]
-    mods = mods_ref[0]
-    new = _stream(x_ref, refs[:branches], mods, new_ref.dtype)
-    new_ref[0] = new.astype(new_ref.dtype)
-    unit, _ = normed(new, new.shape[-1], eps)
-    h_ref[0] = (unit * (1 + mods[branches + 1 :]) + mods[branches : branches + 1]).astype(h_ref.dtype)
+
+    def rows_of(start: int, size: int) -> None:
+        rows = pl.ds(start, size)
+        new = _stream(x_ref, refs[:branches], mods_ref, rows, new_ref.dtype)
+        new_ref[0, rows] = new
+        h_ref[0, rows] = _modulated(new, mods_ref, branches, eps).astype(h_ref.dtype)
+
+    _chunks(x_ref.shape[1], _chunk(x_ref.shape[2], x_ref.dtype), rows_of)
 
 
 def _rows_body(
     order_ref: Any, count_ref: Any, mods_ref: Any, x_ref: Any, *refs: Any, branches: int, eps: float, limit: int
 ) -> None:
     del order_ref
-    new_ref, h_ref = refs[branches:]
-    mods = mods_ref[0]
-    new = _stream(x_ref, refs[:branches], mods, new_ref.dtype)
-    new_ref[0] = new.astype(new_ref.dtype)
+    new_ref = refs[branches]
+    computes = pl.program_id(0) < jnp.minimum(count_ref[0], limit)
 
-    @pl.when(pl.program_id(0) < jnp.minimum(count_ref[0], limit))
+    @pl.when(computes)
     def _() -> None:
-        unit, _ = normed(new, new.shape[-1], eps)
-        h_ref[0] = (unit * (1 + mods[branches + 1 :]) + mods[branches : branches + 1]).astype(h_ref.dtype)
+        _body(mods_ref, x_ref, *refs, branches=branches, eps=eps)
+
+    @pl.when(jnp.logical_not(computes))
+    def _() -> None:
+        def rows_of(start: int, size: int) -> None:
+            rows = pl.ds(start, size)
+            new_ref[0, rows] = _stream(x_ref, refs[:branches], mods_ref, rows, new_ref.dtype)
+
+        _chunks(x_ref.shape[1], _chunk(x_ref.shape[2], x_ref.dtype), rows_of)
 
 
 def _modulations(gates: Sequence[Array], shift: Array, scale: Array) -> Array:
@@ -180,31 +208,33 @@ def _backward_body(
 ) -> None:
     branch_refs, x_ref, into_refs, mods_out = refs[:branches], refs[branches], refs[branches + 1 : -1], refs[-1]
     tile = pl.program_id(1)
-    mods = mods_ref[0]
 
     @pl.when(tile == 0)
     def _() -> None:
         mods_out[...] = jnp.zeros_like(mods_out)
 
     tokens, width = new_ref.shape[1:]
-    # The last block may reach past the last token, where there is anything at all.
-    row = tile * tokens + jax.lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
 
-    def read(ref: Any) -> Array:
-        value = ref[0].astype(jnp.float32)
-        return value if length % tokens == 0 else jnp.where(row < length, value, 0)
+    def rows_of(start: int, size: int) -> None:
+        rows = pl.ds(start, size)
+        # The last block may reach past the last token, where there is anything at all.
+        row = tile * tokens + start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
-    into_h = read(into_h_ref)
-    unit, inverse = normed(read(new_ref), width, eps)
-    slope = pull(unit, inverse, mods[branches + 1 :], read(into_new_ref), into_h, width)
-    x_ref[0] = slope.astype(x_ref.dtype)
-    sums = []
-    for k, (ref, out_ref) in enumerate(zip(branch_refs, into_refs, strict=True)):
-        out_ref[0] = (mods[k : k + 1] * slope).astype(out_ref.dtype)
-        sums.append(jnp.sum(slope * read(ref), 0, keepdims=True))
-    sums += [jnp.sum(into_h, 0, keepdims=True), jnp.sum(into_h * unit, 0, keepdims=True)]
-    for k, value in enumerate(sums):
-        mods_out[0, k : k + 1] += value
+        def read(ref: Any) -> Array:
+            value = ref[0, rows].astype(jnp.float32)
+            return value if length % tokens == 0 else jnp.where(row < length, value, 0)
+
+        into_h = read(into_h_ref)
+        unit, inverse = normed(read(new_ref), width, eps)
+        mods_out[0, branches : branches + 1] += jnp.sum(into_h, 0, keepdims=True)
+        mods_out[0, branches + 1 :] += jnp.sum(into_h * unit, 0, keepdims=True)
+        slope = pull(unit, inverse, mods_ref[0, branches + 1 :], read(into_new_ref), into_h, width)
+        x_ref[0, rows] = slope.astype(x_ref.dtype)
+        for k, (ref, out_ref) in enumerate(zip(branch_refs, into_refs, strict=True)):
+            out_ref[0, rows] = (mods_ref[0, k : k + 1] * slope).astype(out_ref.dtype)
+            mods_out[0, k : k + 1] += jnp.sum(slope * read(ref), 0, keepdims=True)
+
+    _chunks(tokens, _chunk(width, new_ref.dtype), rows_of)
 
 
 def backward(
