@@ -23,6 +23,7 @@ def test_every_op_is_proven_for_both_families():
         "expert_ffn",
         "lm_head_confidence",
         "modulated_residual",
+        "node_histogram",
     }
     for op in find_ops():
         assert {case.family for case in find_cases(op)} == {"tpu", "gpu"}
