@@ -31,13 +31,15 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
         arrays, nodes, bins = _arrays(shape), shape["N"], shape["B"]
         if (reason := module.refusal(arrays[2], nodes, bins)) is not None:
             raise ValueError(reason)
+        together = tpu.features_of_a_step(shape["F"], shape["K"], nodes, bins)
         padded = max(nodes, 16) * shape["K"] * bins
         return Program(
-            lambda *a: module.histogram(*a, nodes, bins),
+            lambda rows, node, stats: module.histogram(rows, node, stats, nodes, bins),
             arrays,
             flops=2.0 * PIECES * shape["n"] * shape["F"] * padded,
             # Bins are widened to int32, and statistics split, before the kernel reads them.
             bytes=_bytes(shape, 1 + 2 * 4, 4 + 2 * 2 * PIECES),
+            trips={"node_histogram": (None, together)} if module is tpu else {},
             note="three passes of products with zeros and ones",
         )
 
@@ -48,7 +50,7 @@ def _scatter(shape: Shape) -> Program:
     """A segment sum for each feature, as XLA compiles it: the peer."""
     nodes, bins = shape["N"], shape["B"]
     return Program(
-        lambda *a: xla.histogram(*a, nodes, bins),
+        lambda rows, node, stats: xla.histogram(rows, node, stats, nodes, bins),
         _arrays(shape),
         flops=0,
         bytes=_bytes(shape, 1, 4.0 * shape["F"]) + 4.0 * shape["n"] * (shape["F"] - 1),

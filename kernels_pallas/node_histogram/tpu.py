@@ -37,6 +37,12 @@ def refusal(stats: Shaped, n_nodes: int, n_bins: int) -> str | None:
     return None
 
 
+def features_of_a_step(features: int, count: int, n_nodes: int, n_bins: int) -> int:
+    """As many as their sums fit in VMEM."""
+    nodes, columns = _sizes(n_nodes, n_bins)
+    return max(1, min(features, OUT_BYTES // (8 * count * nodes * columns)))
+
+
 def _body(bins_ref: Any, node_ref: Any, stats_ref: Any, out_ref: Any, spread_ref: Any) -> None:
     count, rows = stats_ref.shape
     nodes = spread_ref.shape[0] // count
@@ -67,7 +73,7 @@ def histogram(bins: Array, node: Array, stats: Array, n_nodes: int, n_bins: int,
     nodes, columns = _sizes(n_nodes, n_bins)
     bins, node, stats = pad_rows(bins, node, stats, ROWS)
     rows = bins.shape[1]
-    together = max(1, min(features, OUT_BYTES // (8 * count * nodes * columns)))
+    together = features_of_a_step(features, count, n_nodes, n_bins)
     blocks = -(-features // together)
     bins = jnp.pad(bins, ((0, blocks * together - features), (0, 0)))
     out = pl.pallas_call(
