@@ -1,0 +1,158 @@
+"""Exact rounding of numbers to integers of a few bits, with integers only.
+
+A number is taken apart into sign, magnitude and exponent, and rounded by shifts. Nothing is rounded twice, no value is
+too large, subnormal numbers count, and all platforms give the same bits.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Int
+
+from jaxaccel.compression.fixed_point.formats import FixedPoint, raw_range
+
+
+class Parts(NamedTuple):
+    """A number as ±magnitude·2^exponent."""
+
+    negative: Bool[Array, "*S"]
+    magnitude: Array  # uint32, or uint64 for float64
+    exponent: Int[Array, "*S"]  # int32
+    infinite: Bool[Array, "*S"]
+    nan: Bool[Array, "*S"]
+
+
+def take_apart(x: Array) -> Parts:
+    """Sign, magnitude and exponent of floats of 32 or 64 bits."""
+    kind = jnp.finfo(x.dtype)
+    unsigned = jnp.uint64 if kind.bits == 64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    stored, special = kind.nmant, 2**kind.nexp - 1
+    biased = ((bits >> stored) & unsigned(special)).astype(jnp.int32)
+    fraction = bits & unsigned(2**stored - 1)
+    magnitude = jnp.where(biased > 0, fraction | unsigned(2**stored), fraction)
+    exponent = jnp.maximum(biased, 1) - (special // 2 + stored)
+    extreme = biased == special
+    negative = (bits >> (kind.bits - 1)) != 0
+    return Parts(negative, magnitude, exponent, extreme & (fraction == 0), extreme & (fraction != 0))
+
+
+def take_apart_int(m: Array) -> Parts:
+    """The same of integers of at most 32 bits."""
+    negative = m < 0
+    bits = jax.lax.bitcast_convert_type(m.astype(jnp.int32), jnp.uint32)
+    none = jnp.zeros_like(negative)
+    return Parts(negative, jnp.where(negative, ~bits + jnp.uint32(1), bits), jnp.zeros_like(m, jnp.int32), none, none)
+
+
+def _goes_up(rounding: str, negative: Array, half: Array, rest: Array, odd: Array) -> Array:
+    """Whether the magnitude is rounded up; ``half``: the first digit cut off, ``rest``: whether others are set."""
+    match rounding:
+        case "rnd":
+            return half & (~negative | rest)
+        case "rnd_min_inf":
+            return half & (negative | rest)
+        case "rnd_zero":
+            return half & rest
+        case "rnd_inf":
+            return half
+        case "rnd_conv":
+            return half & (rest | odd)
+        case "trn":
+            return negative & (half | rest)
+        case _:  # trn_zero
+            return jnp.zeros_like(half)
+
+
+def fit(negative: Array, magnitude: Array, huge: Array, kind: FixedPoint) -> tuple[Array, Array]:
+    """Deal with overflow: the raw int32, and whether the number was inside the range.
+
+    Args:
+        negative: sign.
+        magnitude: of the rounded integer, uint32 or uint64, or its low bits.
+        huge: whether it has more bits than that.
+        kind: width, sign and overflow mode; its ``frac`` is not looked at.
+    """
+    lo, hi = raw_range(kind.word, kind.signed, kind.overflow)
+    unsigned = magnitude.dtype.type
+    outside = huge | (magnitude > jnp.where(negative, unsigned(-lo), unsigned(hi)))
+    low = magnitude.astype(jnp.uint32)
+    m = jnp.where(negative, ~low + jnp.uint32(1), low)
+    if kind.overflow == "wrap":
+        spare = 32 - kind.word
+        if not kind.signed:
+            return (m & jnp.uint32(hi)).astype(jnp.int32), ~outside
+        return jax.lax.bitcast_convert_type(m << spare, jnp.int32) >> spare, ~outside
+    bound = jnp.zeros((), jnp.int32)
+    if kind.overflow != "sat_zero":
+        bound = jnp.where(negative, jnp.int32(lo), jnp.int32(hi))
+    return jnp.where(outside, bound, jax.lax.bitcast_convert_type(m, jnp.int32)), ~outside
+
+
+def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint) -> tuple[Array, Array]:
+    """Round ``±magnitude·2^(exponent + frac)`` to an integer, then deal with overflow.
+
+    Args:
+        parts: what ``take_apart`` gave.
+        frac: F, an integer or int32 array that broadcasts.
+        kind: width, sign and modes; its own ``frac`` is not looked at.
+
+    Returns:
+        Raw int32, and whether the rounded integer was inside the range (false for NaN and infinity).
+    """
+    negative, magnitude, exponent, infinite, nan = parts
+    unsigned = magnitude.dtype.type
+    bits = jnp.iinfo(magnitude.dtype).bits
+    shift = exponent + jnp.asarray(frac, jnp.int32)
+
+    cut = jnp.clip(-shift, 0, bits + 1)
+    # Shifts by all bits or more are not defined: two digits go first, and leave a trace of what they held.
+    far = cut > bits - 1
+    source = jnp.where(far, (magnitude >> 2) | ((magnitude & unsigned(3)) != 0).astype(magnitude.dtype), magnitude)
+    cut = jnp.where(far, cut - 2, cut).astype(magnitude.dtype)
+    quotient = source >> cut
+    before = jnp.where(cut > 0, cut - unsigned(1), cut)
+    half = (cut > 0) & (((source >> before) & unsigned(1)) != 0)
+    rest = (source & ((unsigned(1) << before) - unsigned(1))) != 0
+    up = _goes_up(kind.rounding, negative, half, rest, (quotient & unsigned(1)) != 0)
+    rounded = quotient + up.astype(magnitude.dtype)
+
+    grow = jnp.clip(shift, 0, bits)
+    step = jnp.minimum(grow, bits - 1).astype(magnitude.dtype)
+    huge = (magnitude > (unsigned(2 ** (bits - 1) - 1) >> step)) & (shift > 0)
+    grown = jnp.where(grow >= bits, unsigned(0), magnitude << step)
+    m, inside = fit(negative, jnp.where(shift > 0, grown, rounded), huge, kind)
+    if kind.overflow in ("sat", "sat_sym"):
+        m = jnp.where(infinite, jnp.where(negative, jnp.int32(kind.lo), jnp.int32(kind.hi)), m)
+    else:
+        m = jnp.where(infinite, 0, m)
+    return jnp.where(nan, 0, m), inside & ~infinite & ~nan
+
+
+def divide_and_fit(m: Array, divisor: int, kind: FixedPoint) -> tuple[Array, Array]:
+    """Round ``m / divisor`` to an integer, then deal with overflow.
+
+    Args:
+        m: int32.
+        divisor: 1 to 2^31.
+        kind: width, sign and modes; its ``frac`` is not looked at.
+    """
+    parts = take_apart_int(m)
+    by = jnp.uint32(divisor)
+    quotient = parts.magnitude // by
+    left = parts.magnitude - quotient * by
+    half = left >= by - left
+    rest = (left > 0) & (left != by - left)
+    up = _goes_up(kind.rounding, parts.negative, half, rest, (quotient & 1) != 0)
+    return fit(parts.negative, quotient + up.astype(jnp.uint32), jnp.zeros_like(half), kind)
+
+
+def power_of_two(exponent: Any, dtype: DTypeLike = jnp.float32) -> Array:
+    """2^exponent, exact, from its bits; exponents of normal numbers only (−126 to 127 for float32)."""
+    kind = jnp.finfo(dtype)
+    signed = jnp.int64 if kind.bits == 64 else jnp.int32
+    biased = jnp.asarray(exponent, signed) + (2 ** (kind.nexp - 1) - 1)
+    return jax.lax.bitcast_convert_type(biased << kind.nmant, jnp.dtype(dtype))
