@@ -3,8 +3,8 @@
 Numbers are rounded by shifts of integers (see `rounding`), because ``floor(v + 0.5)`` in float32 is wrong next to one
 half, and a power of two from ``exp2`` is inexact on CPU.
 
-Infinite numbers overflow: they saturate, or become 0 under ``sat_zero`` and ``wrap`` (their low bits are 0). NaN becomes
-0 as an integer; `cast`, whose results are floats, keeps it so that a broken training run can be seen.
+Infinite numbers overflow: they saturate, or become 0 under ``sat_zero`` and ``wrap`` (their low bits are 0). NaN
+becomes 0 as an integer; `cast`, whose results are floats, keeps it so that a broken training run can be seen.
 
 Source: Dai et al., arXiv 2401.17544, and the modes of ap_fixed in AMD's UG1399.
 """
@@ -45,7 +45,7 @@ def check_held(word: int, signed: bool, dtype: Any, frac: Any = 0) -> None:
     most = kind.nmant + 1 + signed
     if word > most:
         raise ValueError(
-            f"word is {word}, and {jnp.dtype(dtype)} holds every word of up to {most} bits: use to_int, or a wider dtype"
+            f"word is {word}, and {jnp.dtype(dtype)} holds all words of up to {most} bits: use to_int, or another dtype"
         )
     for f in np.unique(np.asarray(frac)).tolist():
         if -f < kind.minexp or word - f > kind.maxexp:

@@ -1,9 +1,9 @@
 """Dot products of fixed-point numbers, by a wide accumulator or by one that is cast at every step.
 
-An accumulator of hardware casts at *every* step when it is declared as a narrow ap_fixed: ``acc += w * x``. With rounding
-and saturation that differs from one cast at the end more often than not, and depends on the order of terms. `qdot` does
-both: ``accumulate="exact"`` for a wide accumulator, ``"stepwise"`` for the narrow one, in the order of indices. With
-``trn``, ``wrap`` and the F of the products the two are the same.
+An accumulator of hardware that is declared as a narrow ap_fixed is cast at *every* step, ``acc += w * x``. With
+rounding and saturation that differs from one cast at the end more often than not, and depends on the order of terms.
+`qdot` does both: ``accumulate="exact"`` for a wide accumulator, ``"stepwise"`` for the narrow one, in the order of
+indices. With ``trn``, ``wrap`` and the F of the products the two are the same.
 
 Source: the arithmetic of arXiv 2401.17544; widths by UG1399.
 """
@@ -81,8 +81,8 @@ def _stepwise(x: Array, w: Array, x_fmt: FixedPoint, w_fmt: FixedPoint, acc: Fix
 def exact_matmul(x: Array, w: Array, *, x_fmt: FixedPoint, w_fmt: FixedPoint) -> Array:
     """``x @ w`` of floats that are fixed-point numbers, exact in float32 whatever the order: for training.
 
-    All partial sums are multiples of 2^(−F1−F2), and below 2^24 of them. Only words, signs and the number of terms count,
-    so F may be learned.
+    All partial sums are multiples of 2^(−F1−F2), and at most 2^24 of them. Only words, signs and the number of terms
+    count, so F may be learned.
 
     Args:
         x: floats [..., K], already cast.
@@ -107,8 +107,8 @@ def check_float32(terms: int, x_fmt: FixedPoint, w_fmt: FixedPoint) -> None:
     bound = terms * largest_magnitude(x_fmt) * largest_magnitude(w_fmt)
     if bound > FLOAT32_EXACT:
         raise ValueError(
-            f"a sum of {terms} products of {x_fmt.word} and {w_fmt.word} bits can reach {bound} steps, expected at most "
-            "2^24: float32 would round it; take fewer bits, or qdot, whose sums are int32"
+            f"a sum of {terms} products of {x_fmt.word} and {w_fmt.word} bits can reach {bound} steps, expected at "
+            "most 2^24: float32 would round it; take fewer bits, or qdot, whose sums are int32"
         )
 
 
@@ -146,8 +146,8 @@ def qdot(
         implementation: ``"xla"``, or ``None``, which is the same.
 
     Returns:
-        [..., N] or [...]: int32 raw integers, or floats, whose gradient is that of the exact sum where this is inside the
-        range of the result, else 0.
+        [..., N] or [...]: int32 raw integers, or floats, whose gradient is that of the exact sum where this is inside
+        the range of the result, else 0.
 
     Raises:
         ValueError: if int32 could overflow, shapes do not fit, ``accumulate`` or ``implementation`` is unknown,

@@ -34,7 +34,7 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """One format. Static and hashable: it may be an attribute of a Flax NNX module and an argument of a jitted function.
+    """One format, static and hashable: it may be an attribute of a Flax NNX module or a static argument under jit.
 
     Attributes:
         word: W, all bits; 2 to 31, or 1 to 31 without sign.

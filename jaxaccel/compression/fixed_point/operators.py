@@ -4,8 +4,8 @@
     sum       I = max(I1, I2) + 1, F = max     points aligned, no rounding
     result    cast to ``out_fmt``
 
-Every operator takes raw integers (int8, int16, int32) and gives int32, or takes floats and gives floats of the very same
-numbers. Floats are cast to their formats first, which changes nothing if they are in them. Gradients of floats are
+Every operator takes raw integers (int8, int16, int32) and gives int32, or takes floats and gives floats of the very
+same numbers. Floats are cast to their formats first, which changes nothing if they are in them. Gradients of floats are
 straight-through: those of the real operator where the result is inside the range of ``out_fmt`` (everywhere if it
 wraps), else 0.
 

@@ -9,9 +9,9 @@ is the sum over all N entries that share it, times g = 1/√(N·hi) with hi the 
 tensors moves too fast to learn few bits.
 
 When to use it: 3 or 4 bits, where a learned point is clearly better than a calibrated one that stays. From 5 bits on,
-fine-tuning with the point that `calibrate` gives is as good, and simpler; at 2 bits training may diverge. Give f its own
-optimizer (`frac_labels`): Adam with about 1e-2 decayed to 0, no weight decay. When f crosses a half-integer all values
-jump by a factor of two, so let its rate end at 0, or `freeze` it for the last epochs.
+fine-tuning with the point that `calibrate` gives is as good, and simpler; at 2 bits training may diverge. Give f its
+own optimizer (`frac_labels`): Adam with about 1e-2 decayed to 0, no weight decay. When f crosses a half-integer all
+values jump by a factor of two, so let its rate end at 0, or `freeze` it for the last epochs.
 
 The cast is the paper's (Dai et al., arXiv 2401.17544). Its gradients for f, and g, are reconstructed, since no code is
 published: the rule is that of learned step sizes, Esser et al., arXiv 1902.08153, and of thresholds, Jain et al., arXiv
@@ -93,14 +93,15 @@ def trainable_cast(
         float32, or float64 for float64: 16 bits do not hold most formats.
 
     Raises:
-        ValueError: for a width or mode that is not known, ``"wrap"`` without ``allow_wrap``, shapes that do not fit, or,
-            outside ``jit``, an ``f`` that is not finite.
+        ValueError: for a width or mode that is not known, ``"wrap"`` without ``allow_wrap``, shapes that do not fit,
+            or, outside ``jit``, an ``f`` that is not finite.
 
     >>> x = jnp.array([0.3, -0.25, 9.0])
     >>> trainable_cast(x, 1.2, word=4).tolist()
     [0.5, 0.0, 3.5]
-    >>> jax.grad(lambda f: trainable_cast(x, f, word=4, grad_scale="none").sum())(1.2).round(3)
-    Array(-2.738, dtype=float32...)
+    >>> slope = jax.grad(lambda f: trainable_cast(x, f, word=4, grad_scale="none").sum())(1.2)
+    >>> round(float(slope), 3)
+    -2.738
     """
     kind = _check_options(word, signed, rounding, overflow, grad_scale, allow_wrap, hot, hot_mode)
     x, f = as_floats(x), _points(f)
@@ -124,7 +125,7 @@ def _check_options(
             "overflow is 'wrap', expected a saturating mode in training, whose gradients are right; or allow_wrap=True"
         )
     if hot is not None:
-        check_hot(hot, word, hot_mode)
+        check_hot(hot, word, hot_mode, signed)
     return kind
 
 
@@ -134,7 +135,7 @@ def _values(x: Array, f: Array, kind: FixedPoint, hot: int | None, hot_mode: str
     parts = take_apart(x)
     m, inside = round_and_fit(parts, F, kind)
     if hot is not None:
-        m = k_hot(m, k=hot, word=kind.word, mode=hot_mode)
+        m = k_hot(m, k=hot, word=kind.word, mode=hot_mode, signed=kind.signed)
     q = m.astype(x.dtype) * power_of_two(-F, x.dtype)
     return jnp.where(parts.nan | ~jnp.isfinite(f), jnp.nan, q), inside
 
@@ -186,7 +187,7 @@ def freeze(f: Any, *, word: int, signed: bool = True, rounding: str = "rnd", ove
 
 
 def quantize_params(params: Any, f: Any, **options: Any) -> Any:
-    """Cast the leaves of any pytree of parameters, each with its own point: ``apply_fn(quantize_params(p, f, ...), x)``.
+    """Cast the leaves of any pytree of parameters, each with its own point, for any ``apply_fn(params, x)``.
 
     Args:
         params: pytree of floats.
@@ -208,7 +209,7 @@ def quantize_params(params: Any, f: Any, **options: Any) -> Any:
 
 
 def frac_labels(tree: Any, name: str = "frac") -> Any:
-    """Labels for ``optax.multi_transform``: ``"frac"`` for leaves below a key or attribute ``name``, else ``"weights"``.
+    """Labels for ``optax.multi_transform``: ``"frac"`` for leaves below a key ``name``, else ``"weights"``.
 
     >>> frac_labels({"frac": {"w": 1.0}, "params": {"w": 2.0}})
     {'frac': {'w': 'frac'}, 'params': {'w': 'weights'}}
