@@ -19,10 +19,11 @@ class Parts(NamedTuple):
     """A number as ±magnitude·2^exponent."""
 
     negative: Bool[Array, "*S"]
-    magnitude: Array  # uint32, or uint64 for float64
-    exponent: Int[Array, "*S"]  # int32
-    infinite: Bool[Array, "*S"]
-    nan: Bool[Array, "*S"]
+    magnitude: Array  # uint32, or uint64 for float64; 0 for infinity and NaN
+    digits: int  # bits that a magnitude has at most
+    exponent: Int[Array, "*S"] | int  # int32
+    infinite: Bool[Array, "*S"] | bool
+    nan: Bool[Array, "*S"] | bool
 
 
 def take_apart(x: Array) -> Parts:
@@ -33,19 +34,24 @@ def take_apart(x: Array) -> Parts:
     stored, special = kind.nmant, 2**kind.nexp - 1
     biased = ((bits >> stored) & unsigned(special)).astype(jnp.int32)
     fraction = bits & unsigned(2**stored - 1)
+    extreme = biased == special
     magnitude = jnp.where(biased > 0, fraction | unsigned(2**stored), fraction)
     exponent = jnp.maximum(biased, 1) - (special // 2 + stored)
-    extreme = biased == special
-    negative = (bits >> (kind.bits - 1)) != 0
-    return Parts(negative, magnitude, exponent, extreme & (fraction == 0), extreme & (fraction != 0))
+    return Parts(
+        (bits >> (kind.bits - 1)) != 0,
+        jnp.where(extreme, unsigned(0), magnitude),
+        stored + 1,
+        exponent,
+        extreme & (fraction == 0),
+        extreme & (fraction != 0),
+    )
 
 
 def take_apart_int(m: Array) -> Parts:
     """The same of integers of at most 32 bits."""
     negative = m < 0
     bits = jax.lax.bitcast_convert_type(m.astype(jnp.int32), jnp.uint32)
-    none = jnp.zeros_like(negative)
-    return Parts(negative, jnp.where(negative, ~bits + jnp.uint32(1), bits), jnp.zeros_like(m, jnp.int32), none, none)
+    return Parts(negative, jnp.where(negative, ~bits + jnp.uint32(1), bits), 32, 0, False, False)
 
 
 def _goes_up(rounding: str, negative: Array, half: Array, rest: Array, odd: Array) -> Array:
@@ -103,16 +109,19 @@ def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint) -> tuple[Array, Arr
     Returns:
         Raw int32, and whether the rounded integer was inside the range (false for NaN and infinity).
     """
-    negative, magnitude, exponent, infinite, nan = parts
+    negative, magnitude, digits, exponent, infinite, nan = parts
     unsigned = magnitude.dtype.type
     bits = jnp.iinfo(magnitude.dtype).bits
     shift = exponent + jnp.asarray(frac, jnp.int32)
 
-    cut = jnp.clip(-shift, 0, bits + 1)
-    # Shifts by all bits or more are not defined: two digits go first, and leave a trace of what they held.
-    far = cut > bits - 1
-    source = jnp.where(far, (magnitude >> 2) | ((magnitude & unsigned(3)) != 0).astype(magnitude.dtype), magnitude)
-    cut = jnp.where(far, cut - 2, cut).astype(magnitude.dtype)
+    source, cut = magnitude, jnp.clip(-shift, 0, digits + 1)
+    if digits + 1 >= bits:
+        # Shifts by all bits or more are not defined: two digits go first, and leave a trace of what they held.
+        far = cut >= bits
+        trace = ((magnitude & unsigned(3)) != 0).astype(magnitude.dtype)
+        source = jnp.where(far, (magnitude >> 2) | trace, magnitude)
+        cut = jnp.where(far, cut - 2, cut)
+    cut = cut.astype(magnitude.dtype)
     quotient = source >> cut
     before = jnp.where(cut > 0, cut - unsigned(1), cut)
     half = (cut > 0) & (((source >> before) & unsigned(1)) != 0)
@@ -122,14 +131,10 @@ def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint) -> tuple[Array, Arr
 
     grow = jnp.clip(shift, 0, bits)
     step = jnp.minimum(grow, bits - 1).astype(magnitude.dtype)
-    huge = (magnitude > (unsigned(2 ** (bits - 1) - 1) >> step)) & (shift > 0)
+    huge = infinite | ((magnitude > (unsigned(2 ** (bits - 1) - 1) >> step)) & (shift > 0))
     grown = jnp.where(grow >= bits, unsigned(0), magnitude << step)
     m, inside = fit(negative, jnp.where(shift > 0, grown, rounded), huge, kind)
-    if kind.overflow in ("sat", "sat_sym"):
-        m = jnp.where(infinite, jnp.where(negative, jnp.int32(kind.lo), jnp.int32(kind.hi)), m)
-    else:
-        m = jnp.where(infinite, 0, m)
-    return jnp.where(nan, 0, m), inside & ~infinite & ~nan
+    return m, inside & jnp.logical_not(nan)
 
 
 def divide_and_fit(m: Array, divisor: int, kind: FixedPoint) -> tuple[Array, Array]:
