@@ -52,7 +52,7 @@ def check_held(word: int, signed: bool, dtype: Any, frac: Any = 0) -> None:
             raise ValueError(f"frac is {f} and word {word}, which {jnp.dtype(dtype)} does not hold: take a wider dtype")
 
 
-def to_int(x: Any, fmt: Format) -> Int[Array, "*S"]:
+def to_int(x: Any, fmt: Format | Any) -> Int[Array, "*S"]:
     """Raw integers m of the numbers nearest to ``x`` in a format: ``x ≈ m·2^(−F)``.
 
     Args:
@@ -81,7 +81,7 @@ def _channels(frac: int | tuple[int, ...], shape: tuple[int, ...]) -> Any:
     return np.asarray(frac, np.int32)
 
 
-def from_int(m: Any, fmt: Format, dtype: DTypeLike = jnp.float32) -> Array:
+def from_int(m: Any, fmt: Format | Any, dtype: DTypeLike = jnp.float32) -> Array:
     """Values m·2^(−F) of raw integers, exact.
 
     Args:
@@ -105,7 +105,7 @@ def from_int(m: Any, fmt: Format, dtype: DTypeLike = jnp.float32) -> Array:
     return (m.astype(wide) * power_of_two(-_channels(frac, m.shape), wide)).astype(dtype)
 
 
-def cast(x: Any, fmt: Format, dtype: DTypeLike | None = None) -> Array:
+def cast(x: Any, fmt: Format | Any, dtype: DTypeLike | None = None) -> Array:
     """The numbers nearest to ``x`` in a format: ``overflow(round(x·2^F))·2^(−F)``.
 
     Its gradient is the straight-through one: 1 where the rounded number is inside the range, else 0; 1 everywhere under

@@ -126,7 +126,7 @@ def qdot(
     w: Any,
     *,
     x_fmt: FixedPoint,
-    w_fmt: Format,
+    w_fmt: Format | Any,
     acc_fmt: FixedPoint | None = None,
     out_fmt: FixedPoint | None = None,
     accumulate: str = "exact",

@@ -52,11 +52,11 @@ class FixedPoint:
     (-128, 127, 0.03125, -4.0, 3.96875, 3)
     """
 
-    word: int
-    frac: int
-    signed: bool = True
-    rounding: str = "rnd"
-    overflow: str = "sat"
+    word: int | Any
+    frac: int | Any
+    signed: bool | Any = True
+    rounding: str | Any = "rnd"
+    overflow: str | Any = "sat"
 
     def __post_init__(self) -> None:
         check_word(self.word, self.signed)
