@@ -151,7 +151,7 @@ def test_wide_words_leave_a_network_as_it_is():
     def network(x, w1, w2, cast=lambda x: x):
         return cast(jax.nn.relu(cast(cast(x) @ cast(w1))) @ cast(w2))
 
-    exact, fixed = network(x, w1, w2), network(x, w1, w2, lambda x: cast(x, fmt))
+    exact, fixed = jax.jit(lambda *a: (network(*a), network(*a, lambda x: cast(x, fmt))))(x, w1, w2)
     assert (exact.argmax(-1) == fixed.argmax(-1)).all()
     # About 16 products whose factors are off by 2^-13 each, twice.
     assert jnp.abs(exact - fixed).max() < 16 * 2 * 2**-13
