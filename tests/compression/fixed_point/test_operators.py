@@ -91,7 +91,7 @@ def test_order_matters_unless_it_truncates_and_wraps():
     rng = np.random.default_rng(0)
     x, w = rng.integers(-128, 128, (40, 16), np.int32), rng.integers(-32, 32, (16, 3), np.int32)
     step = jax.jit(functools.partial(qdot, accumulate="stepwise", **BOTH), static_argnames="acc_fmt")
-    free, bound = FixedPoint(12, 10, **HARDWARE), FixedPoint(10, 5)
+    free, bound = FixedPoint(12, 10, **HARDWARE), FixedPoint(8, 5)
     np.testing.assert_array_equal(step(x, w, acc_fmt=free), step(x[:, ::-1], w[::-1], acc_fmt=free))
     np.testing.assert_array_equal(step(x, w, acc_fmt=free), qdot(x, w, acc_fmt=free, **BOTH))
     assert (step(x, w, acc_fmt=bound) != step(x[:, ::-1], w[::-1], acc_fmt=bound)).mean() > 0.3
@@ -152,8 +152,10 @@ def test_exact_results_need_no_format():
     a, b = FixedPoint(7, 2), FixedPoint(5, 6, signed=False)
     assert qadd(jnp.array([-64]), jnp.array([31]), a_fmt=a, b_fmt=b).tolist() == [-64 * 16 + 31]
     assert qmul(jnp.array([-64]), jnp.array([31]), a_fmt=a, b_fmt=b).tolist() == [-64 * 31]
-    assert qadd(jnp.array([-16.0]), jnp.array([31 / 64]), a_fmt=a, b_fmt=b).tolist() == [-16 + 31 / 64]
-    assert qdot(jnp.ones((1, 3)), jnp.ones(3) / 2, **BOTH).tolist() == [1.5]
+    both = jax.jit(lambda a0, b0, x, w: (qadd(a0, b0, a_fmt=a, b_fmt=b), qdot(x, w, **BOTH)))
+    total, product = both(jnp.array([-16.0]), jnp.array([31 / 64]), jnp.ones((1, 3)), jnp.ones(3) / 2)
+    assert total.tolist() == [-16 + 31 / 64]
+    assert product.tolist() == [1.5]
 
 
 def test_floats_give_the_same_numbers_and_straight_through_gradients():
@@ -185,13 +187,20 @@ def test_floats_give_the_same_numbers_and_straight_through_gradients():
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # sums of float32 in another order
         assert jnp.abs(one).max() > 0
-    # The same on raw integers.
-    y = qdot(to_int(x, X), to_int(w, W), out_fmt=X, **BOTH)
-    np.testing.assert_array_equal(from_int(y, X), qdot(x, w, out_fmt=X, **BOTH))
-    small = qdot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), out_fmt=X, **BOTH)
-    np.testing.assert_array_equal(small, from_int(y, X))  # bfloat16 holds words of nine bits
-    stepwise = functools.partial(qdot, acc_fmt=FixedPoint(10, 5), accumulate="stepwise", **BOTH)
-    np.testing.assert_array_equal(stepwise(x, w), from_int(stepwise(to_int(x, X), to_int(w, W)), FixedPoint(10, 5)))
+
+    @jax.jit
+    def kinds(x, w):
+        """On floats, on raw integers, and on bfloat16, which holds words of nine bits."""
+        results = []
+        for options in ({"out_fmt": X}, {"acc_fmt": X, "accumulate": "stepwise"}):
+            raw = qdot(to_int(x, X), to_int(w, W), **options, **BOTH)
+            half = qdot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), **options, **BOTH)
+            results.append((qdot(x, w, **options, **BOTH), from_int(raw, X), half))
+        return results
+
+    for one, *others in kinds(x, w):
+        for other in others:
+            np.testing.assert_array_equal(one, other)
 
 
 def test_gradients_stop_where_the_result_saturates():
@@ -199,10 +208,13 @@ def test_gradients_stop_where_the_result_saturates():
     x, w = jnp.array([[3.0, 4.0], [1.0, 2.0]]), jnp.array([1.0, 1.0])
     formats = {"x_fmt": f, "w_fmt": f}
     out = FixedPoint(3, 0)
-    gradient = jax.grad(lambda x: qdot(x, w, out_fmt=out, **formats).sum())
-    assert gradient(x).tolist() == [[0, 0], [1, 1]]
     wraps = FixedPoint(3, 0, overflow="wrap")
-    assert jax.grad(lambda x: qdot(x, w, out_fmt=wraps, **formats).sum())(x).tolist() == [[1, 1], [1, 1]]
+
+    @jax.jit
+    def gradients(x):
+        return [jax.grad(lambda x: qdot(x, w, out_fmt=f, **formats).sum())(x) for f in (out, wraps)]  # noqa: B023
+
+    assert [g.tolist() for g in gradients(x)] == [[[0, 0], [1, 1]], [[1, 1], [1, 1]]]
 
 
 def test_sharded_rows():
@@ -228,7 +240,7 @@ def test_exact_matmul():
     y = exact_matmul(jnp.asarray(x / 2.0**9, jnp.float32), jnp.asarray(w * 2.0**4, jnp.float32), x_fmt=X, w_fmt=W)
     np.testing.assert_array_equal(y, (x @ w) / 32)
     with pytest.raises(
-        ValueError, match="a sum of 1025 products of 8 and 8 bits can reach 16793600 steps, expected at most 2.24"
+        ValueError, match="a sum of 1025 products of 8 and 8 bits can reach 16793600 steps, expected at most"
     ):
         exact_matmul(jnp.ones((1, 1025)), jnp.ones((1025, 1)), x_fmt=X, w_fmt=X)
 

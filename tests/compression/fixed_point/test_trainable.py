@@ -45,8 +45,8 @@ def test_gradients_of_the_vectors(vectors, case):
 def test_gradient_is_that_of_the_smooth_function(overflow, outside):
     """q(f) = (x·2^f + c)·2^(−f) inside, c what rounding added; m·2^(−f) outside. Central differences in float64."""
     x, F = np.array([0.3, -0.6, 1.1, 9.0]), 2
-    slope = jax.vmap(jax.grad(lambda f, x: trainable_cast(x, f, word=4, overflow=overflow, grad_scale="none"), (0, 1)))
-    by_point, by_x = slope(jnp.full(4, float(F)), jnp.asarray(x, jnp.float32))
+    slope = jax.grad(lambda f, x: trainable_cast(x, f, word=4, overflow=overflow, grad_scale="none"), (0, 1))
+    by_point, by_x = jax.jit(jax.vmap(slope))(jnp.full(4, float(F)), jnp.asarray(x, jnp.float32))
     added = np.floor(x * 4 + 0.5) - x * 4
 
     def smooth(f):
@@ -66,7 +66,7 @@ def test_wrapping_is_for_those_who_ask():
     def loss(x, f):
         return trainable_cast(x, f, word=4, overflow="wrap", allow_wrap=True, grad_scale="none").sum()
 
-    q, (gx, gf) = jax.value_and_grad(loss, (0, 1))(x, 1.0)
+    q, (gx, gf) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, 1.0)
     assert q == 0.5 + 1.0  # 18 - 16 = 2 steps
     assert gx.tolist() == [1, 1]
     np.testing.assert_allclose(gf, LN2 * (0.3 - 0.5 + 9.0 - 1.0), rtol=1e-6)
@@ -119,13 +119,12 @@ def test_modes_of_differentiation_agree():
     def q(x, f):
         return trainable_cast(x, f, word=3)
 
-    forward = jax.jvp(q, (x, f), (dx, df))[1]
-    back = jax.vjp(q, x, f)[1](g)
+    forward, back = jax.jit(lambda: (jax.jvp(q, (x, f), (dx, df))[1], jax.vjp(q, x, f)[1](g)))()
     np.testing.assert_allclose((forward * g).sum(), (back[0] * dx).sum() + (back[1] * df).sum(), rtol=1e-5)
     # 16 bits in, float32 out, 16 bits of gradient.
     half = x.astype(jnp.bfloat16)
-    assert q(half, f).dtype == jnp.float32
-    gx, gf = jax.grad(lambda x, f: q(x, f).sum(), (0, 1))(half, f.astype(jnp.bfloat16))
+    assert jax.eval_shape(q, half, f).dtype == jnp.float32
+    gx, gf = jax.jit(jax.grad(lambda x, f: q(x, f).sum(), (0, 1)))(half, f.astype(jnp.bfloat16))
     assert gx.dtype == gf.dtype == jnp.bfloat16
 
 
@@ -156,10 +155,14 @@ def test_few_ones_in_training():
     def q(x, f):
         return trainable_cast(x, f, word=6, hot=2, hot_mode="truncate", grad_scale="none")
 
-    value, pull = jax.vjp(q, x, jnp.float32(3))
-    raw = to_int(x, FixedPoint(6, 3))
-    np.testing.assert_array_equal(value, k_hot(raw, k=2, word=6, mode="truncate") / 8.0)
-    gx, gf = pull(jnp.ones(40))
+    @jax.jit
+    def both(x, f):
+        value, pull = jax.vjp(q, x, f)
+        direct = k_hot(to_int(x, FixedPoint(6, 3)), k=2, word=6, mode="truncate") / 8.0
+        return value, direct, *pull(jnp.ones(40))
+
+    value, direct, gx, gf = both(x, jnp.float32(3))
+    np.testing.assert_array_equal(value, direct)
     inside = (x * 8 >= -32.5) & (x * 8 < 31.5)
     np.testing.assert_array_equal(gx, inside)
     np.testing.assert_allclose(gf, LN2 * (jnp.where(inside, x, 0) - value).sum(), rtol=1e-5)
