@@ -56,6 +56,11 @@ def test_every_configuration_of_the_compiled_headers(vectors):
     assert (some != v["cast_int"][::19]).sum() == 0
 
 
+def padded(x):
+    """One shape for all numbers that are cast outside jit, so that each operation is compiled once."""
+    return np.pad(np.asarray(x, np.float32), (0, 150 - len(x)))
+
+
 def awkward_floats(dtype, frac):
     """Ties and their neighbours, ends of ranges, the smallest and largest numbers."""
     kind = np.finfo(dtype)
@@ -72,7 +77,7 @@ def awkward_floats(dtype, frac):
 @pytest.mark.parametrize(("word", "frac"), [(2, 0), (5, -3), (8, 12), (31, 7), (24, 126), (12, -126)])
 def test_awkward_numbers_in_every_mode(word, frac):
     x = awkward_floats(np.float32, frac)
-    x = np.pad(x, (0, 150 - x.size))  # one shape: operations are compiled once
+    x = padded(x)
     for rounding, overflow, signed in MODES:
         fmt = FixedPoint(word, frac, signed, rounding, overflow)
         np.testing.assert_array_equal(to_int(x, fmt), exact_casts(x, fmt), err_msg=str(fmt))
@@ -82,7 +87,7 @@ def test_awkward_numbers_in_every_mode(word, frac):
 def test_float64():
     x = awkward_floats(np.float64, 9)
     x = np.concatenate([x, [2.0**60 + 2**20, -(2.0**52) - 1, 1.0 + 2.0**-52]])
-    for rounding, overflow in itertools.product(ROUNDINGS, OVERFLOWS):
+    for rounding, overflow in itertools.product(ROUNDINGS, OVERFLOWS[::3]):
         fmt = FixedPoint(31, 9, True, rounding, overflow)
         np.testing.assert_array_equal(to_int(x, fmt), exact_casts(x, fmt), err_msg=str(fmt))
         q = cast(x, fmt)
@@ -99,10 +104,17 @@ def test_all_numbers_of_sixteen_bits(dtype):
     v = exact * 2.0**5
     nearest = np.clip(np.floor(v + 0.5), -128, 127)
     down = np.where(exact < 0, np.minimum(np.floor(v), -1), np.floor(v))
-    np.testing.assert_array_equal(to_int(x, FixedPoint(8, 5)), nearest)
-    np.testing.assert_array_equal(to_int(x, FixedPoint(8, 5, rounding="trn")), np.clip(down, -128, 127))
-    assert cast(x, FixedPoint(8, 5)).dtype == jnp.float32
-    np.testing.assert_array_equal(cast(x, FixedPoint(8, 5)), nearest / 32)
+
+    @jax.jit
+    def casts(x):
+        fmt = FixedPoint(8, 5)
+        return to_int(x, fmt), to_int(x, dataclasses.replace(fmt, rounding="trn")), cast(x, fmt)
+
+    raw, truncated, q = casts(x)
+    np.testing.assert_array_equal(raw, nearest)
+    np.testing.assert_array_equal(truncated, np.clip(down, -128, 127))
+    assert q.dtype == jnp.float32
+    np.testing.assert_array_equal(q, nearest / 32)
 
 
 APY_ROUNDING = {r: getattr(apytypes.QuantizationMode, r.upper()) for r in ROUNDINGS}
@@ -120,8 +132,8 @@ APY_OVERFLOW = {"sat": apytypes.OverflowMode.SAT, "wrap": apytypes.OverflowMode.
 )
 def test_equals_apytypes(word, frac, signed, rounding, overflow, seed):
     rng = np.random.default_rng(seed)
-    scale = 2.0 ** (rng.integers(-3, 3, 24) + word - frac - rng.integers(0, word, 24))
-    x = (rng.standard_normal(24) * scale).astype(np.float32)
+    scale = 2.0 ** (rng.integers(-3, 3, 150) + word - frac - rng.integers(0, word, 150))
+    x = (rng.standard_normal(150) * scale).astype(np.float32)
     x[::3] = np.ldexp(np.round(np.ldexp(x[::3], frac + 1)), -frac - 1)  # ties
     # 64 bits in all: the version tested with does not wrap what comes from longer words.
     x = np.ldexp(np.round(np.ldexp(x, frac + 20)), -frac - 20)
@@ -140,7 +152,7 @@ def test_equals_apytypes(word, frac, signed, rounding, overflow, seed):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_laws(rounding):
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.uniform(-3.9, 3.9, 300), jnp.float32)
+    x = jnp.asarray(rng.uniform(-3.9, 3.9, 150), jnp.float32)
     fmt = FixedPoint(8, 5, rounding=rounding)
     q = cast(x, fmt)
     np.testing.assert_array_equal(cast(q, fmt), q)
@@ -170,14 +182,14 @@ def test_wide_words_leave_a_network_as_it_is():
 
 
 def test_numbers_that_are_not_finite():
-    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf])
+    x = padded([jnp.nan, jnp.inf, -jnp.inf])
     expected = {"sat": [0, 7, -8], "sat_sym": [0, 7, -7], "sat_zero": [0, 0, 0], "wrap": [0, 0, 0]}
     for frac in (1, -126, 126):
         for overflow, raw in expected.items():
-            assert to_int(x, FixedPoint(4, frac, overflow=overflow)).tolist() == raw
-    q = cast(x, FixedPoint(4, 1))
-    assert jnp.isnan(q[0])
-    assert q[1:].tolist() == [3.5, -4.0]
+            assert to_int(x, FixedPoint(4, frac, overflow=overflow)).tolist()[:3] == raw
+    q = np.asarray(cast(x, FixedPoint(4, 1)))
+    assert np.isnan(q[0])
+    assert q[1:3].tolist() == [3.5, -4.0]
 
 
 def test_gradients_pass_inside_the_range():
@@ -218,11 +230,11 @@ def test_formats():
     for fmt, numbers in (
         (multiply_format(a, b), [x * y for x in (a.min, a.max) for y in (b.min, b.max)]),
         (add_format(a, b), [x + y for x in (a.min, a.max) for y in (b.min, b.max)]),
-        (add_format(b, b), [2 * b.max, b.min, 0, 0]),
-        (add_format(a, a, 5), [5 * a.min, 5 * a.max, 0, 0]),
-        (dot_format(a, b, 33), [33 * a.min * b.max, 33 * a.max * b.max, 0, 0]),
+        (add_format(b, b), [2 * b.max, b.min]),
+        (add_format(a, a, 5), [5 * a.min, 5 * a.max]),
+        (dot_format(a, b, 33), [33 * a.min * b.max, 33 * a.max * b.max]),
     ):
-        assert from_int(to_int(np.array(numbers, np.float32), fmt), fmt).tolist() == numbers
+        assert from_int(to_int(padded(numbers), fmt), fmt).tolist()[: len(numbers)] == numbers
         assert fmt.signed is (fmt != add_format(b, b))
     assert hash(a) == hash(FixedPoint(8, 5))
     assert a != FixedPoint(8, 5, overflow="wrap")
@@ -235,9 +247,14 @@ def test_powers_of_two_are_exact():
 
 def test_dtypes_that_hold_the_words():
     fmt = FixedPoint(9, 3)
-    assert from_int(jnp.array([-256, 255]), fmt, jnp.bfloat16).tolist() == [-32.0, 31.875]
-    assert cast(jnp.array([-99.0]), fmt, jnp.bfloat16).tolist() == [-32.0]
-    assert cast(jnp.float32(5.25), FixedPoint(25, 3)) == 5.25
+    short = jax.jit(
+        lambda m, x: (from_int(m, fmt, jnp.bfloat16), cast(x, fmt, jnp.bfloat16), cast(x, FixedPoint(25, 3)))
+    )
+    held, small, wide = short(jnp.array([-256, 255]), jnp.array([-99.0, 5.25]))
+    assert held.tolist() == [-32.0, 31.875]
+    assert small.tolist() == [-32.0, 5.25]
+    assert wide.tolist() == [-99.0, 5.25]
+    assert (held.dtype, small.dtype, wide.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     for call in (
         lambda: cast(jnp.ones(2), FixedPoint(10, 3), jnp.bfloat16),
         lambda: cast(jnp.ones(2), FixedPoint(26, 3)),
