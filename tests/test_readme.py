@@ -71,7 +71,7 @@ def shown_modules(page):
         "robustness",
         "diffusion",
         "models",
-    ],  # fmt: skip
+    ],
 )
 def test_the_api_pages_show_every_public_function(family):
     # A page shows the modules that its directives name. Naming the family would not do: where a module and a function
