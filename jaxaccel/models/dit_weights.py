@@ -1,7 +1,7 @@
 """Real weights for `dit`: files by the names of diffusers, or of the published code.
 
-Matrices stay ``[out, in]``; the convolution over patches becomes a matrix over their pixels. diffusers has a copy of the
-time and label networks in each block, which must be equal. Fixed positions in a file must be those of the model.
+Matrices stay ``[out, in]``; the convolution over patches becomes a matrix over their pixels. diffusers has a copy of
+the time and label networks in each block, which must be equal. Fixed positions in a file must be those of the model.
 
 Time steps are described as the published code does, by frequencies 10000^(−k/128): the models are trained with them.
 diffusers divides k by 127 (``downscale_freq_shift=1``), so its samples differ slightly.
@@ -98,6 +98,35 @@ def _file_shape(path: tuple[Any, ...], shape: tuple[int, ...], parts: int, confi
     return (shape[0] // parts, *shape[1:])
 
 
+def _at(tree: Any, path: tuple[Any, ...]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def dit_file_shapes(config: DiTConfig, *, family: str = "torch") -> dict[str, tuple[int, ...]]:
+    """Tensors that a file of a model has, and their shapes; without the fixed positions.
+
+    Args:
+        config: the model's numbers.
+        family: ``"torch"``, the published code's names, or ``"diffusers"``.
+
+    Raises:
+        ValueError: for another family.
+
+    >>> dit_file_shapes(DiTConfig.preset("XL/2"))["x_embedder.proj.weight"]
+    (1152, 4, 2, 2)
+    """
+    if family not in _PREFIX:
+        raise ValueError(f"family is {family!r}, expected torch or diffusers")
+    shapes = dit_shapes(config)
+    return {
+        name: _file_shape(path, _at(shapes, path), 1 if copies else len(names), config)
+        for path, (names, copies) in _sources(config, family).items()
+        for name in names
+    }
+
+
 def dit_params_from_names(mapping: Mapping[str, Any], config: DiTConfig, *, dtype: Any = np.float32) -> dict[str, Any]:
     """Turn tensors by their names in files into the tree of parameters.
 
@@ -114,34 +143,29 @@ def dit_params_from_names(mapping: Mapping[str, Any], config: DiTConfig, *, dtyp
             copies that differ, or positions that are not the fixed ones.
         TypeError: if ``dtype`` is not floating point.
 
-    >>> dit_params_from_names({"pos_embed": np.zeros(1)}, DiTConfig.tiny())
-    Traceback (most recent call last):
-    jaxaccel.models.weights.errors.WeightsError: tensors do not fit the configuration; missing: x_embedder.proj.weight, ...
+    >>> tensors = {name: np.zeros(shape) for name, shape in dit_file_shapes(DiTConfig.tiny()).items()}
+    >>> dit_params_from_names(tensors, DiTConfig.tiny())["patch"].shape
+    (32, 4)
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype is {dtype}, expected floating point")
     family = _family(mapping)
-    plan, shapes = _sources(config, family), dit_shapes(config)
-    expected = [name for names, _ in plan.values() for name in names]
-    missing = [name for name in expected if name not in mapping]
-    unexpected = sorted(set(mapping) - set(expected) - set(_POSITIONS))
+    plan, shapes = _sources(config, family), dit_file_shapes(config, family=family)
+    missing = [name for name in shapes if name not in mapping]
+    unexpected = sorted(set(mapping) - set(shapes) - set(_POSITIONS))
     problems = [f"missing: {listed(missing)}"] if missing else []
     if unexpected:
         problems.append(f"unexpected: {listed(unexpected)}")
     bad_shapes, integers, differing = [], [], []
     params: dict[str, Any] = {"blocks": [{} for _ in range(config.depth)]}
     for path, (names, copies) in plan.items():
-        target, shape = params, shapes
-        for part in path[:-1]:
-            target, shape = target[part], shape[part]
-        file_shape = _file_shape(path, shape[path[-1]], 1 if copies else len(names), config)
-        values = []
+        target, values = _at(params, path[:-1]), []
         for name in names:
             if name not in mapping:
                 continue
             value = np.asarray(mapping[name])
-            if value.shape != file_shape:
-                bad_shapes.append(f"{name} is {list(value.shape)}, expected {list(file_shape)}")
+            if value.shape != shapes[name]:
+                bad_shapes.append(f"{name} is {list(value.shape)}, expected {list(shapes[name])}")
             elif not jnp.issubdtype(value.dtype, jnp.floating):
                 integers.append(f"{name} ({value.dtype})")
             else:
@@ -244,7 +268,8 @@ def dit_config_from_names(mapping: Mapping[str, Any], *, heads: int | None = Non
     try:
         return DiTConfig(
             width=width, depth=depth, heads=heads, patch=patch, image_size=round(positions[-2] ** 0.5) * patch,
-            channels=channels, num_classes=labels[0] - 1, mlp_ratio=np.shape(mapping["blocks.0.mlp.fc1.weight"])[0] // width,
+            channels=channels, num_classes=labels[0] - 1,
+            mlp_ratio=np.shape(mapping["blocks.0.mlp.fc1.weight"])[0] // width,
             learn_sigma=final[0] == 2 * channels * patch**2,
         )  # fmt: skip
     except ValueError as error:
@@ -317,8 +342,8 @@ def load_dit(
     """Load a diffusion transformer by name, hub id or path.
 
     Args:
-        name_or_path: a path, as for `dit_from_safetensors`; a short name of `KNOWN_DITS`; or a hub id ``"owner/name"`` of
-            a pipeline of diffusers. Of the pipeline only the transformer is fetched.
+        name_or_path: a path, as for `dit_from_safetensors`; a short name of `KNOWN_DITS`; or a hub id ``"owner/name"``
+            of a pipeline of diffusers. Of the pipeline only the transformer is fetched.
         config: use these numbers instead of the file's.
         heads: as for `dit_from_safetensors`.
         revision: branch, tag or commit on the hub.

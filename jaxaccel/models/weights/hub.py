@@ -112,8 +112,8 @@ def hub_snapshot(
         raise WeightsError(f"the hub did not give {repository}: {type(error).__name__}: {reason[0]}") from error
     if not is_complete(folder) and subfolder:
         raise WeightsError(
-            f"{repository} has no config.json with complete safetensors in {subfolder}/ at revision {revision or 'main'}; "
-            "if it only has .bin files, convert it with diffusers: "
+            f"{repository} has no config.json with complete safetensors in {subfolder}/ at revision "
+            f"{revision or 'main'}; if it only has .bin files, convert it with diffusers: "
             "DiffusionPipeline.from_pretrained(name).save_pretrained(folder), then load the folder"
         )
     if not is_complete(folder):
