@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Num
 
-from jaxaccel.compression import linear
+from jaxaccel.compression import linear, take_rows
 from jaxaccel.diffusion import NoiseSchedule
 from jaxaccel.models.dit_blocks import (
     attention_branch,
@@ -112,9 +112,8 @@ def dit_condition(
     t, labels = jnp.broadcast_arrays(t, labels)
     features = time_features(t, FREQUENCIES, params["time_in_bias"].dtype)
     hidden = jax.nn.silu(linear(features, params["time_in"], params["time_in_bias"]))
-    table = params["labels"]
     known = (labels >= 0) & (labels <= config.num_classes)
-    rows = jnp.where(known[..., None], table[jnp.clip(labels, 0, config.num_classes)], jnp.nan)
+    rows = jnp.where(known[..., None], take_rows(params["labels"], jnp.clip(labels, 0, config.num_classes)), jnp.nan)
     return linear(hidden, params["time_out"], params["time_out_bias"]) + rows
 
 
