@@ -15,7 +15,7 @@ conditions, other conditions than a vector, images of several sizes.
 Peebles and Xie, Scalable Diffusion Models with Transformers, arXiv 2212.09748.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -199,14 +199,13 @@ def _branches(block: Any, heads: int) -> tuple[Callable[[Array], Array], Callabl
     return lambda h: attention_branch(block, h, heads), lambda h: mlp_branch(block, h)
 
 
-def _run_block(
-    block: Any, x: Array, modulation: Array, cached: Any, weights: Any, compute: Any, heads: int
-) -> tuple[Array, list[Array]]:
+def _run_block(block: Any, x: Array, modulation: Array, choice: Sequence[Any], heads: int) -> tuple[Array, list[Array]]:
     """A block: the stream after it, and the outputs of its two branches.
 
-    ``cached``, ``weights`` and ``compute`` have two entries, or are ``None``. A flag that is a Python bool decides at
+    ``choice`` is (cached outputs, weights, compute), which have two entries, or are ``None``. A flag that is a Python bool decides at
     once; an array decides when the program runs.
     """
+    cached, weights, compute = choice
     outputs = []
     for j, branch in enumerate(_branches(block, heads)):
 
@@ -235,7 +234,7 @@ def _scan_blocks(
 
     def scanned(stream: Array, xs: Any) -> tuple[Array, Array]:
         block, own, *rest = xs
-        stream, outputs = _run_block(block, stream, own, *rest, config.heads)
+        stream, outputs = _run_block(block, stream, own, rest, config.heads)
         return stream, jnp.stack(outputs)
 
     x, outputs = jax.lax.scan(scanned, x, (params["blocks"], jnp.moveaxis(modulation, 1, 0), *pairs))
@@ -248,7 +247,7 @@ def _unrolled_blocks(
     outputs = []
     for b in range(config.depth):
         pair = [None if a is None else a[2 * b : 2 * b + 2] for a in (cache, weights, compute)]
-        x, both = _run_block(_block(params, b), x, modulation[:, b], *pair, config.heads)
+        x, both = _run_block(_block(params, b), x, modulation[:, b], pair, config.heads)
         outputs += both
     if _is_static(compute) and cache is not None:
         # Only what is new is written, so that a program may update the cache in place.

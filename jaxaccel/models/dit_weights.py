@@ -29,7 +29,7 @@ KNOWN_DITS = {"dit-xl-2-256": "facebook/DiT-XL-2-256", "dit-xl-2-512": "facebook
 """Short names of models on the Hugging Face hub."""
 
 # Where a parameter lies in a file, without ``.weight`` or ``.bias``.
-_TOP = {
+_TOP: dict[str, dict[str, str]] = {
     "torch": {
         "patch": "x_embedder.proj", "time_in": "t_embedder.mlp.0", "time_out": "t_embedder.mlp.2",
         "labels": "y_embedder.embedding_table", "final_modulation": "final_layer.adaLN_modulation.1",
@@ -41,7 +41,7 @@ _COPIED = {  # diffusers: in every block
     "time_in": "norm1.emb.timestep_embedder.linear_1", "time_out": "norm1.emb.timestep_embedder.linear_2",
     "labels": "norm1.emb.class_embedder.embedding_table",
 }  # fmt: skip
-_LAYER = {
+_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {
         "modulation": ("adaLN_modulation.1",), "qkv": ("attn.qkv",), "out": ("attn.proj",), "up": ("mlp.fc1",),
         "down": ("mlp.fc2",),
