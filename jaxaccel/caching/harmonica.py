@@ -47,7 +47,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxaccel.caching.harmonica_sampling import sample, soft_sample
+from jaxaccel.caching.harmonica_sampling import soft_sample
 from jaxaccel.caching.reuse import (
     Cache,
     DenoiseFn,
@@ -324,7 +324,10 @@ def harmonica(
     def init(key: Any) -> HarmonicaState:
         logits = router_init(key, num_steps=sampler.num_steps, num_branches=num_branches)
         return HarmonicaState(
-            logits, jax.vmap(tx.init)(logits), jnp.ones(len(logits), logits.dtype).at[-1].set(0), jnp.zeros((), jnp.int32)
+            logits,
+            jax.vmap(tx.init)(logits),
+            jnp.ones(len(logits), logits.dtype).at[-1].set(0),
+            jnp.zeros((), jnp.int32),
         )
 
     def weights_of(state: HarmonicaState, params: Any, noise: Array, cond: Any) -> Array:
@@ -373,18 +376,3 @@ def harmonica(
         return state, EpochInfo(loss, data, usage, x)
 
     return Harmonica(init, epoch)
-
-
-__all__ = [
-    "EpochInfo",
-    "Harmonica",
-    "HarmonicaState",
-    "SDTStep",
-    "harmonica",
-    "router_init",
-    "router_schedule",
-    "sample",
-    "sdt_loss",
-    "soft_sample",
-    "step_weights",
-]

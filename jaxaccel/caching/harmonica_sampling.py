@@ -39,9 +39,7 @@ def _static_step(
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "step", "select"))
-def _scanned(
-    params: Any, x: Array, cond: Any, flags: Array, *, apply_fn: DenoiseFn, step: Any, select: bool
-) -> Array:
+def _scanned(params: Any, x: Array, cond: Any, flags: Array, *, apply_fn: DenoiseFn, step: Any, select: bool) -> Array:
     def body(carry: tuple[Array, Cache], now: tuple[Array, Array]) -> tuple[tuple[Array, Cache], None]:
         (x, cache), (i, row) = carry, now
         # Weights of 0 and 1 select without rounding: c·0 + f·1 = f.

@@ -21,7 +21,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ Cache = tuple[Any, ...]
 """The last computed output of each branch."""
 
 
+@runtime_checkable
 class DenoiseFn(Protocol):
     """A network whose branches can be reused, as a pure function."""
 
@@ -96,8 +97,8 @@ class ReuseSchedule:
     (2, 2, 0.25)
     """
 
-    rows: tuple[tuple[bool, ...], ...]
-    sampler: str = "ddim"
+    rows: Any
+    sampler: Any = "ddim"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, tuple) or not self.rows or not all(isinstance(r, tuple) for r in self.rows):
@@ -177,7 +178,7 @@ def cache_utilization(schedule: Any) -> float:
     return float(1.0 - np.asarray(schedule, bool).mean())
 
 
-def uniform_schedule(num_steps: int, num_branches: int, *, interval: int, sampler: str = "ddim") -> ReuseSchedule:
+def uniform_schedule(num_steps: Any, num_branches: Any, *, interval: Any, sampler: str = "ddim") -> ReuseSchedule:
     """Compute everything at every ``interval``-th executed step, and nothing between (FORA, arXiv 2407.01425).
 
     Counted from the first executed step, T − 1, which is always computed.
@@ -201,7 +202,7 @@ def uniform_schedule(num_steps: int, num_branches: int, *, interval: int, sample
 
 
 def random_schedule(
-    key: Key[Array, ""], num_steps: int, num_branches: int, *, utilization: float, sampler: str = "ddim"
+    key: Key[Array, ""], num_steps: Any, num_branches: Any, *, utilization: Any, sampler: str = "ddim"
 ) -> ReuseSchedule:
     """Reuse outputs that are drawn at random: what a learned schedule must beat at equal cost.
 
