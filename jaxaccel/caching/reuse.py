@@ -316,6 +316,7 @@ def reuse_branch(
     """
     if weights is not None and compute is not None:
         raise ValueError("weights and compute must not both be given: outputs are mixed, or computed or not")
+    branch = _alone(branch)
     if weights is None and compute is None:
         return branch(x)
     flag = None if compute is None else compute[k]
@@ -330,7 +331,17 @@ def reuse_branch(
     if flag is not None:
         return jax.lax.cond(flag, lambda x, _: branch(x), lambda _, cached: cached, x, cached)
     fresh, weight = branch(x), weights[k]
-    return jax.tree.map(lambda f, c: (c * (1 - weight) + f * weight).astype(f.dtype), fresh, cached)
+    mixed = jax.tree.map(lambda f, c: (c * (1 - weight) + f * weight).astype(f.dtype), fresh, cached)
+    return jax.lax.optimization_barrier(mixed)
+
+
+def _alone(branch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The branch as a piece that the compiler does not merge with what is before and after.
+
+    It then rounds alike wherever it stands: alone, in a conditional, or beside branches that are reused. Without it
+    compilers contract products and sums across its ends, differently from program to program.
+    """
+    return lambda x: jax.lax.optimization_barrier(branch(jax.lax.optimization_barrier(x)))
 
 
 def check_entry(cached: Any, fresh: Any, k: int) -> None:
