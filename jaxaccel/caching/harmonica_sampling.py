@@ -35,7 +35,7 @@ def _static_step(
     params: Any, x: Array, i: Any, cond: Any, cache: Any, *, apply_fn: DenoiseFn, step: Any, row: tuple[bool, ...]
 ) -> tuple[Array, Any]:
     out, cache = apply_fn(params, x, i, cond, cache=cache, compute=row)
-    return step(x, out, i), cache
+    return step(x, jax.lax.optimization_barrier(out), i), cache
 
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "step", "select"))
@@ -45,7 +45,7 @@ def _scanned(params: Any, x: Array, cond: Any, flags: Array, *, apply_fn: Denois
         # Weights of 0 and 1 select without rounding: c·0 + f·1 = f.
         how: dict[str, Any] = {"weights": row.astype(x.dtype)} if select else {"compute": row}
         out, cache = apply_fn(params, x, i, cond, cache=cache, **how)
-        return (step(x, out, i), tuple(cache)), None
+        return (step(x, jax.lax.optimization_barrier(out), i), tuple(cache)), None
 
     steps = jnp.arange(flags.shape[0], dtype=jnp.int32)
     start = (x, empty_cache(apply_fn, params, x, cond))
