@@ -10,7 +10,7 @@ A network is a function here; `jaxaccel.models.dit` has one. Diffusion over disc
 """
 
 from jaxaccel.diffusion.ddim import add_noise, ddim_sample, ddim_step, predict_x0
-from jaxaccel.diffusion.guidance import double_batch, guide, with_guidance
+from jaxaccel.diffusion.guidance import double_batch, guide, guide_denoiser, with_guidance
 from jaxaccel.diffusion.schedules import (
     NoiseSchedule,
     cosine_betas,
@@ -32,6 +32,7 @@ __all__ = [
     "drop_labels",
     "epsilon_loss",
     "guide",
+    "guide_denoiser",
     "linear_betas",
     "noise_schedule",
     "predict_x0",

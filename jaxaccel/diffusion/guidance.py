@@ -113,3 +113,32 @@ def with_guidance(
         return guide(eps_fn(both, steps, conditions), scale, cfg_channels=cfg_channels)[: x.shape[0]]
 
     return guided
+
+
+def guide_denoiser(apply_fn: Callable[..., Any], *, scale: Any, cfg_channels: Any = None) -> Callable[..., Any]:
+    """Guide a network that reuses branches: its state, its cache and its prediction all have 2·B rows.
+
+    Args:
+        apply_fn: ``(params, x, i, cond, *, cache, weights, compute) -> (eps, outputs)``, as
+            `jaxaccel.models.dit.dit_denoiser` makes it.
+        scale: s.
+        cfg_channels: as for `guide`.
+
+    Returns:
+        The same with guidance. ``x`` and ``cond`` are those of `double_batch`. The network always sees the first half of
+        ``x`` twice; in channels that are not guided the second half drifts apart when sampling, and is ignored.
+
+    >>> plain = lambda params, x, i, cond: (x + cond[:, None], None)
+    >>> guided = guide_denoiser(plain, scale=2.0)
+    >>> guided((), jnp.array([[1.0], [7.0]]), 0, jnp.array([3.0, 0.0]))[0].tolist()
+    [[7.0], [7.0]]
+    """
+
+    def guided(params: Any, x: Array, i: Any, cond: Any, **options: Any) -> Any:
+        if x.shape[0] % 2:
+            raise ValueError(f"x has {x.shape[0]} rows, expected an even number: with conditions, then without")
+        half = x[: x.shape[0] // 2]
+        eps, outputs = apply_fn(params, jnp.concatenate([half, half]), i, cond, **options)
+        return guide(eps, scale, cfg_channels=cfg_channels), outputs
+
+    return guided
