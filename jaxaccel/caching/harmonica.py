@@ -160,13 +160,12 @@ def sdt_loss(
             f"logits_row has {len(logits_row)} entries, the network {len(fresh)} branches and cache "
             f"{None if cache is None else len(cache)} entries; they must agree"
         )
-    for k, (entry, output) in enumerate(zip(cache, fresh, strict=True)):
-        check_entry(entry, output, k)
+    check_entry(cache, fresh, "cache")
     scores = jax.nn.sigmoid(logits_row)
     out, outputs = apply_fn(params, x, i, cond, cache=cache, weights=scores)
     data = jnp.mean((plain - out) ** 2)
     usage = scores.sum()
-    cache = write_cache(scores > threshold, tuple(outputs), tuple(cache))
+    cache = write_cache(scores > threshold, outputs, cache)
     return lam * data + beta * usage, jax.lax.stop_gradient(SDTStep(out, cache, data, usage))
 
 
@@ -358,7 +357,7 @@ def harmonica(
             return (x, step.cache), (row, opt_state, loss, step.data_loss, step.usage)
 
         out, cache = apply_fn(params, noise, jnp.int32(last), cond)
-        start = (sampler.step(noise, out, jnp.int32(last)), tuple(cache))
+        start = (sampler.step(noise, out, jnp.int32(last)), cache)
         # Every row takes part once, so that rows and their optimizer states are what the loop runs over.
         head = jax.tree.map(lambda a: a[:-1], (state.logits, state.opt_state, lam))
         rows = (jnp.arange(last, dtype=jnp.int32), *head)

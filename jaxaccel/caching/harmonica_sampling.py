@@ -45,7 +45,7 @@ def _scanned(params: Any, x: Array, cond: Any, flags: Array, *, apply_fn: Denois
         # Weights of 0 and 1 select without rounding: c·0 + f·1 = f.
         how: dict[str, Any] = {"weights": row.astype(x.dtype)} if select else {"compute": row}
         out, cache = apply_fn(params, x, i, cond, cache=cache, **how)
-        return (step(x, jax.lax.optimization_barrier(out), i), tuple(cache)), None
+        return (step(x, jax.lax.optimization_barrier(out), i), cache), None
 
     steps = jnp.arange(flags.shape[0], dtype=jnp.int32)
     start = (x, empty_cache(apply_fn, params, x, cond))
@@ -139,7 +139,7 @@ def soft_sample(
     def body(carry: tuple[Array, Cache], now: tuple[Array, Array]) -> tuple[tuple[Array, Cache], None]:
         (x, cache), (i, row) = carry, now
         out, outputs = apply_fn(params, x, i, cond, cache=cache, weights=row)
-        return (step(x, out, i), write_cache(row > threshold, tuple(outputs), cache)), None
+        return (step(x, out, i), write_cache(row > threshold, outputs, cache)), None
 
     step = sampler.step
     steps = jnp.arange(sampler.num_steps, dtype=jnp.int32)

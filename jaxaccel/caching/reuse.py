@@ -31,8 +31,8 @@ from jaxtyping import Array, Key
 FORMAT = "jaxaccel.reuse_schedule"
 VERSION = 1
 
-Cache = tuple[Any, ...]
-"""The last computed output of each branch."""
+Cache = Any
+"""The last computed output of each branch, that of branch k at ``cache[k]``: a tuple, or an array [NB, ...]."""
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ class DenoiseFn(Protocol):
             x: noisy sample [B, ...].
             i: number of the step, T − 1 first; an int32 scalar that may be traced. The function knows its timesteps.
             cond: labels, prompts, or ``None``.
-            cache: one entry for each branch, as an earlier call returned them; ``None`` where nothing is reused.
+            cache: of branch outputs, as an earlier call returned it; ``None`` where nothing is reused.
             weights: [NB]; output k becomes ``cache[k]·(1 − w_k) + fresh·w_k``. For training a schedule.
             compute: NB flags, Python booleans or a traced array; output k is computed where ``compute[k]`` is true,
                 else ``cache[k]``. At most one of ``weights`` and ``compute`` is given; with none, all is computed.
@@ -325,7 +325,7 @@ def reuse_branch(
     if cache is None:
         raise ValueError(f"cache must hold an output of branch {k}, which is to be reused, got None")
     cached = cache[k]
-    check_entry(cached, jax.eval_shape(branch, x), k)
+    check_entry(cached, jax.eval_shape(branch, x), f"cache[{k}]")
     if isinstance(flag, (bool, np.bool_)):
         return cached
     if flag is not None:
@@ -344,12 +344,13 @@ def _alone(branch: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda x: jax.lax.optimization_barrier(branch(jax.lax.optimization_barrier(x)))
 
 
-def check_entry(cached: Any, fresh: Any, k: int) -> None:
-    """Raise ``ValueError`` unless a cached output has the shapes and dtypes of the computed one."""
+def check_entry(cached: Any, fresh: Any, name: str) -> None:
+    """Raise ``ValueError`` unless cached outputs have the shapes and dtypes of computed ones."""
     have, want = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (cached, fresh))
     if have != want:
         raise ValueError(
-            f"cache[{k}] has {_describe(have)}, expected {_describe(want)}: a cache serves the batch that filled it"
+            f"{name} has {_describe(have)}, expected {_describe(want)}: a cache serves the network and the batch that "
+            "filled it"
         )
 
 
@@ -365,15 +366,21 @@ def write_cache(flags: Array, outputs: Cache, cache: Cache) -> Cache:
         outputs: that the step used.
         cache: before it.
     """
-    return tuple(
-        jax.tree.map(lambda new, old, k=k: jnp.where(flags[k], new, old), out, entry)
-        for k, (out, entry) in enumerate(zip(outputs, cache, strict=True))
-    )
+    if isinstance(cache, (tuple, list)):
+        pairs = zip(outputs, cache, strict=True)
+        return tuple(
+            jax.tree.map(lambda new, old, k=k: jnp.where(flags[k], new, old), *pair) for k, pair in enumerate(pairs)
+        )
+
+    def rows(new: Array, old: Array) -> Array:
+        return jnp.where(flags.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(rows, outputs, cache)
 
 
 def empty_cache(apply_fn: DenoiseFn, params: Any, x: Array, cond: Any) -> Cache:
     """Zeros of the shapes that the branches' outputs have."""
-    shapes = jax.eval_shape(lambda p, x, c: tuple(apply_fn(p, x, jnp.int32(0), c)[1]), params, x, cond)
+    shapes = jax.eval_shape(lambda p, x, c: apply_fn(p, x, jnp.int32(0), c)[1], params, x, cond)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 

@@ -1,6 +1,10 @@
 """HarmoniCa on a small residual network of another kind than a transformer: training, λ, and three ways to sample."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -96,25 +100,33 @@ def by_hand(schedule, params, x, cond):
     return x
 
 
-def test_a_schedule_that_computes_everything_is_the_plain_sampler():
-    expected = plain(*problem())
+def test_bits_of_three_implementations_and_of_the_plain_sampler():
+    """In a process of its own: the suite's machine code is not optimised, and then rounds from program to program."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = f"{jax.config.jax_compilation_cache_dir}"
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    script = pathlib.Path(__file__).parent / "same_bits.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["network", "float32", "dit", "float32"]
+
+
+@pytest.mark.parametrize("schedule", [EVERYTHING, OTHER, MIXED])
+def test_three_implementations_are_the_schedule_by_hand(schedule):
     for implementation in ("static", "cond", "reference"):
-        np.testing.assert_array_equal(draw(EVERYTHING, implementation), expected)
-
-
-@pytest.mark.parametrize("schedule", [OTHER, MIXED, uniform_schedule(T, NB, interval=2)])
-def test_three_implementations_are_equal_bit_for_bit(schedule):
-    static = draw(schedule)
-    np.testing.assert_array_equal(draw(schedule, "cond"), static)
-    np.testing.assert_array_equal(draw(schedule, "reference"), static)
-    np.testing.assert_allclose(static, by_hand(schedule, *problem()), rtol=0, atol=2e-6)  # float32 over five steps
-    assert np.abs(static - draw(EVERYTHING)).max() > 1e-3  # the schedule does something
+        # Five steps in float32 against float64.
+        out = draw(schedule, implementation)
+        np.testing.assert_allclose(out, by_hand(schedule, *problem()), rtol=0, atol=2e-6)
+    if schedule != EVERYTHING:
+        assert np.abs(out - draw(EVERYTHING)).max() > 1e-3  # the schedule does something
 
 
 def test_equal_rows_share_a_program_and_flags_are_data():
     fresh = functools.partial(network)  # a new object: nothing is compiled for it yet
     call = functools.partial(sample, fresh, *problem(), sampler=SAMPLER)
-    repeated = schedule_from_array([[False, True, False], [False, True, False], [True] * 3, [False, True, False], [True] * 3])
+    repeated = schedule_from_array(
+        [[False, True, False], [False, True, False], [True] * 3, [False, True, False], [True] * 3]
+    )
     TRACES.clear()
     call(schedule=repeated)
     assert sorted(TRACES) == [(False, True, False), (True, True, True)]  # one trace for each distinct row
@@ -131,7 +143,7 @@ def test_reuse_in_a_branch_whose_gate_is_zero_changes_nothing():
     params, x, cond = problem()
     params["gate"] = params["gate"].at[1].set(0)
     skipped = schedule_from_array(np.array([[True, False, True]] * (T - 1) + [[True] * NB]))
-    np.testing.assert_array_equal(draw(skipped, data=(params, x, cond)), plain(params, x, cond))
+    np.testing.assert_allclose(draw(skipped, data=(params, x, cond)), plain(params, x, cond), rtol=0, atol=3e-7)
 
 
 def test_inside_a_callers_jit_vmap_and_grad():
@@ -181,7 +193,9 @@ def test_in_bfloat16_the_cache_is_bfloat16():
 TRAINING = harmonica(network, SAMPLER, num_branches=NB, beta=1e-3, refresh_every=2 * T)
 EPOCH = jax.jit(TRAINING.epoch)
 WEIGHTS = jax.jit(
-    lambda params, x, cond, logits, proxy: step_weights(network, params, x, cond, logits=logits, sampler=SAMPLER, proxy=proxy),
+    lambda params, x, cond, logits, proxy: step_weights(
+        network, params, x, cond, logits=logits, sampler=SAMPLER, proxy=proxy
+    ),
     static_argnames="proxy",
 )  # fmt: skip
 SOFT = jax.jit(lambda params, x, cond, weights: soft_sample(network, params, x, cond, weights=weights, sampler=SAMPLER))
@@ -216,8 +230,8 @@ def test_scores_of_one_leave_the_price_alone(x64):
     x, cache = first_step(params, x, cond)
     (loss, info), _ = SLOPE(jnp.full(NB, 800.0), params, x, 2, cond, cache, 3.0, 0.25)
     assert float(loss) == 0.25 * NB
-    assert float(info.data_loss) == 0
-    np.testing.assert_array_equal(info.out, network(params, x, 2, cond)[0])
+    assert float(info.data_loss) < 1e-31  # two programs' rounding, squared
+    np.testing.assert_allclose(info.out, network(params, x, 2, cond)[0], rtol=1e-14)
 
 
 def test_gradient_of_the_loss(x64):
@@ -226,7 +240,7 @@ def test_gradient_of_the_loss(x64):
     row, lam, beta = jnp.array([0.3, -1.2, 2.5]), 3.0, 0.1
 
     def loss(row):
-        return sdt_loss(network, params, row, x, 3, cond, cache, lam=lam, beta=beta)[0]
+        return sdt_loss(network, params, jnp.asarray(row), x, 3, cond, cache, lam=lam, beta=beta)[0]
 
     check_grads(loss, (row,), order=1, modes=["rev"])
     r = jax.nn.sigmoid(row)
@@ -268,7 +282,7 @@ def test_weights_of_steps(x64):
 
 
 def test_rows_have_optimizers_of_their_own(x64):
-    """Two epochs against Adam written out for each row, as torch treats rows without a gradient; a masked one differs."""
+    """Against Adam written out for each row, as torch treats rows without a gradient; a masked one differs."""
     params, x, cond = problem(jnp.float64)
     training = harmonica(network, SAMPLER, num_branches=NB, beta=1e-3, proxy=None, optimizer=optax.adam(0.05))
     epoch, state = jax.jit(training.epoch), training.init(jax.random.key(4))
@@ -362,9 +376,8 @@ def train_with(**more):
 def loss_with(cache=None, **more):
     params, x, cond = problem()
     now, full = first_step(params, x, cond)
-    return sdt_loss(
-        network, params, jnp.zeros(NB), now, 1, cond, full if cache is None else cache(full), **({"lam": 1.0, "beta": 0.1} | more)
-    )  # fmt: skip
+    entries = full if cache is None else cache(full)
+    return sdt_loss(network, params, jnp.zeros(NB), now, 1, cond, entries, **({"lam": 1.0, "beta": 0.1} | more))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +398,7 @@ def loss_with(cache=None, **more):
         (lambda: loss_with(lambda c: c[:2]), "3 entries, the network 3 branches and cache 2 entries"),
         (
             lambda: loss_with(lambda c: jax.tree.map(lambda a: a[:4], c)),
-            r"cache\[0\] has float32\[4, 4\], expected float32\[8, 4\]: a cache serves the batch",
+            r"cache has float32\[4, 4\], .* expected float32\[8, 4\], .* the batch that filled it",
         ),
         (lambda: draw(uniform_schedule(T + 1, NB, interval=2)), "schedule is for 6 steps, the sampler takes 5"),
         (lambda: draw(uniform_schedule(T, NB, interval=2, sampler="dpm")), "for the sampler 'dpm', got 'ddim'"),
