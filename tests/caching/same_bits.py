@@ -45,7 +45,7 @@ def main() -> None:
         plain(*data),
     )
 
-    config, key = DiTConfig.tiny(), jax.random.key(0)
+    config, key = DiTConfig.tiny(depth=1), jax.random.key(0)
     params = jax.tree.map(
         lambda a: 0.1 * jax.random.normal(jax.random.fold_in(key, a.size), a.shape), init_dit(key, config)
     )
@@ -57,8 +57,8 @@ def main() -> None:
     expected = x
     for i in reversed(range(T)):
         expected = one(params, expected, np.int32(i))
-    rows = [[True, False, False, True], [True] * 4]  # two distinct rows: each is a program to compile
-    schedules = (schedule_from_array([rows[i in (2, 4)] for i in range(T)]), uniform_schedule(T, 4, interval=1))
+    rows = [[False, True], [True, True]]  # two distinct rows: each is a program to compile
+    schedules = (schedule_from_array([rows[i in (2, 4)] for i in range(T)]), uniform_schedule(T, 2, interval=1))
     compare("dit", lambda **how: sample(guided, params, x, labels, sampler=sampler, **how), schedules, expected)
 
 
