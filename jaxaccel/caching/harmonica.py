@@ -166,7 +166,7 @@ def sdt_loss(
     data = jnp.mean((plain - out) ** 2)
     usage = scores.sum()
     cache = write_cache(scores > threshold, outputs, cache)
-    return lam * data + beta * usage, jax.lax.stop_gradient(SDTStep(out, cache, data, usage))
+    return jnp.asarray(lam * data + beta * usage), jax.lax.stop_gradient(SDTStep(out, cache, data, usage))
 
 
 def _check_beta(beta: Any) -> None:
