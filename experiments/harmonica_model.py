@@ -95,7 +95,9 @@ def train_digits(
 
         return jax.lax.scan(step, carry, keys)
 
+    # A published start suits hundreds of thousands of steps; conditions of unit size are learnt from in hundreds.
     params = init_dit(jax.random.key(seed), config)
+    params |= {"labels": 50 * params["labels"], "time_in": 4 * params["time_in"], "time_out": 10 * params["time_out"]}
     carry, note = (params, tx.init(params)), ""
     keys = jax.random.split(jax.random.key(seed + 1), steps)
     for done in range(0, steps, CHUNK):
