@@ -125,8 +125,8 @@ def guide_denoiser(apply_fn: Callable[..., Any], *, scale: Any, cfg_channels: An
         cfg_channels: as for `guide`.
 
     Returns:
-        The same with guidance. ``x`` and ``cond`` are those of `double_batch`. The network always sees the first half of
-        ``x`` twice; in channels that are not guided the second half drifts apart when sampling, and is ignored.
+        The same with guidance. ``x`` and ``cond`` are those of `double_batch`. The network always sees the first half
+        of ``x`` twice; in channels that are not guided the second half drifts apart when sampling, and is ignored.
 
     >>> plain = lambda params, x, i, cond: (x + cond[:, None], None)
     >>> guided = guide_denoiser(plain, scale=2.0)

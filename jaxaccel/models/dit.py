@@ -289,7 +289,8 @@ def dit_forward(
 
     Returns:
         Predictions [B, H, W, C or 2·C] in the dtype of ``x``, and the outputs of all branches before their gates
-        [2·depth, B, N, D]: mixed ones with ``weights``, old ones where they were reused. They are the next step's cache.
+        [2·depth, B, N, D]: mixed ones with ``weights``, old ones where they were reused. They are the next
+        step's cache.
 
     Raises:
         ValueError: for images of another size, a cache of another batch or model, a choice of another length, two
@@ -373,9 +374,9 @@ def dit_denoiser(config: DiTConfig, schedule: NoiseSchedule) -> Callable[..., An
         schedule: whose step i is the model's time step ``schedule.timestep(i)``.
 
     Returns:
-        ``(params, x, i, cond, *, cache=None, weights=None, compute=None) -> (eps, outputs)``. ``cond`` are labels [B], or
-        a `Modulation` of all T steps, [T, B, ...], of which it takes step i. Variances, where the model has them, are
-        the last channels of ``eps``. For guidance see `jaxaccel.diffusion.guide_denoiser`.
+        ``(params, x, i, cond, *, cache=None, weights=None, compute=None) -> (eps, outputs)``. ``cond`` are labels
+        [B], or a `Modulation` of all T steps, [T, B, ...], of which it takes step i. Variances, where the model has
+        them, are the last channels of ``eps``. For guidance see `jaxaccel.diffusion.guide_denoiser`.
 
     >>> from jaxaccel.diffusion import ddim_sample, linear_betas, noise_schedule, respace, uniform_timesteps
     >>> config = DiTConfig.tiny()

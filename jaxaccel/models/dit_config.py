@@ -132,8 +132,8 @@ def block_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 def dit_shapes(config: DiTConfig) -> dict[str, Any]:
     """The tree of parameters, with shapes in the place of arrays.
 
-    ``patch`` takes pixels of a patch row by row, channels last; ``final`` gives them in that order. ``labels`` has a row
-    for each class and one for no class.
+    ``patch`` takes pixels of a patch row by row, channels last; ``final`` gives them in that order. ``labels`` has a
+    row for each class and one for no class.
 
     >>> dit_shapes(DiTConfig.tiny())["labels"]
     (11, 32)
