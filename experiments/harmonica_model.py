@@ -1,4 +1,4 @@
-"""The diffusion transformer that HarmoniCa is shown on: trained here on digits, or read from the hub; and its samples."""
+"""The diffusion transformer that HarmoniCa is shown on: trained here on digits, or read from the hub."""
 
 import dataclasses
 import functools
@@ -23,8 +23,7 @@ from jaxaccel.diffusion import (
     respace,
     uniform_timesteps,
 )
-from jaxaccel.models.dit import dit_apply, dit_denoiser, init_dit
-from jaxaccel.models.dit_config import DiTConfig
+from jaxaccel.models import DiTConfig, dit_apply, dit_denoiser, init_dit, load_dit
 
 CHUNK = 100
 """Training steps in one compiled call."""
@@ -116,3 +115,10 @@ def nearest_labels(problem: Problem, samples: np.ndarray) -> np.ndarray:
     flat = np.asarray(samples, np.float32).reshape(len(samples), -1)
     distance = (train**2).sum(1) - 2 * flat @ train.T
     return problem.labels[distance.argmin(1)]
+
+
+def load_problem(name: str, *, scale: float, cfg_channels: int | None, dtype: str, **options: Any) -> Problem:
+    """A published network, for which no images are read. ``options`` go to `load_dit`."""
+    loaded = load_dit(name, dtype=jnp.dtype(dtype), **options)
+    params = jax.tree.map(jnp.asarray, loaded.params)
+    return Problem(loaded.config, params, scale, cfg_channels, None, None)

@@ -1,7 +1,6 @@
 """HarmoniCa on a DiT, against what the authors' code computes in float64 (weights, labels and noise are in dit.npz)."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,7 @@ from jaxaccel.caching import (
     uniform_schedule,
 )
 from jaxaccel.diffusion import ddim_step, guide_denoiser, linear_betas, noise_schedule, respace, uniform_timesteps
-from jaxaccel.models.dit import dit_denoiser
-from jaxaccel.models.dit_config import DiTConfig
+from jaxaccel.models import DiTConfig, dit_denoiser, dit_params_from_names
 
 IMAGE, PATCH, WIDTH, DEPTH, HEADS, CLASSES, T, B = 4, 2, 32, 2, 4, 5, 5, 4
 SCALE, THRESHOLD, BETA = 1.5, 0.1, 1e-3
@@ -31,11 +29,6 @@ CONFIG = DiTConfig(WIDTH, DEPTH, HEADS, patch=PATCH, image_size=IMAGE, num_class
 LEVELS = respace(noise_schedule(linear_betas()), uniform_timesteps(1000, T))
 SAMPLER = Sampler(lambda x, out, i: ddim_step(LEVELS, x, out[..., :4], i), T)
 NETWORK = guide_denoiser(dit_denoiser(CONFIG, LEVELS), scale=SCALE, cfg_channels=3)
-NAMES = {
-    "x_embedder.proj": "patch", "t_embedder.mlp.0": "time_in", "t_embedder.mlp.2": "time_out",
-    "final_layer.linear": "final", "final_layer.adaLN_modulation.1": "final_modulation", "attn.qkv": "qkv",
-    "attn.proj": "out", "mlp.fc1": "up", "mlp.fc2": "down", "adaLN_modulation.1": "modulation",
-}  # fmt: skip
 
 
 def channels_last(x):
@@ -44,16 +37,8 @@ def channels_last(x):
 
 def read(reference):
     """Parameters of the reference in this library's tree, its noise and its labels."""
-    params = {"labels": reference["param/y_embedder.embedding_table.weight"], "blocks": [{} for _ in range(DEPTH)]}
-    for key in reference.files:
-        match = re.fullmatch(r"param/(?:blocks\.(\d)\.)?(.*)\.(weight|bias)", key)
-        if match and match[2] in NAMES:
-            array = reference[key]
-            if array.ndim == 4:
-                array = array.transpose(0, 2, 3, 1).reshape(len(array), -1)
-            place = params if match[1] is None else params["blocks"][int(match[1])]
-            place[NAMES[match[2]] + ("_bias" if match[3] == "bias" else "")] = array
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+    tensors = {key.removeprefix("param/"): reference[key] for key in reference.files if key.startswith("param/")}
+    params = jax.tree.map(jnp.asarray, dit_params_from_names(tensors, CONFIG, dtype=np.float64))
     return params, channels_last(reference["noise"]), jnp.asarray(reference["labels"])
 
 
