@@ -1,9 +1,9 @@
 """HarmoniCa: a diffusion transformer sampled with a learned table of what to reuse, beside simpler ways to save.
 
 A small DiT is trained here on 8×8 digits. Tables are trained for several prices with both published ways to weigh
-steps, and with equal weights as in Learning-to-Cache. They are compared with every n-th step computed (FORA), with a schedule
-drawn at random, and with fewer DDIM steps. All start from the same noise; what counts is how far the sample is from the
-one that computes everything. The full preset does it with DiT-XL/2 and the authors' settings.
+steps, and with equal weights as in Learning-to-Cache. They are compared with every n-th step computed (FORA), with a
+schedule drawn at random, and with fewer DDIM steps. All start from the same noise; what counts is how far the sample is
+from the one that computes everything. The full preset does it with DiT-XL/2 and the authors' settings.
 """
 
 import dataclasses
@@ -65,9 +65,9 @@ class HarmonicaConfig(Config):
     """Of guidance."""
     cfg_channels: int | None = None
     """Channels that are guided; all by default."""
-    betas: tuple[float, ...] = (1e-6, 5e-6, 3e-5)
+    betas: tuple[float, ...] = (2e-7, 1e-6, 5e-6, 3e-5)
     """Prices with measured λ."""
-    betas_equal: tuple[float, ...] = (1e-3, 4e-3, 1.6e-2)
+    betas_equal: tuple[float, ...] = (3e-4, 1e-3, 4e-3, 1.6e-2)
     """Prices with λ = 1."""
     router_epochs: int = 80
     """Trajectories that a table learns from."""
