@@ -218,9 +218,13 @@ def _slug(arm: str) -> str:
 
 
 def seconds(config: HarmonicaConfig, problem: Problem, table: np.ndarray) -> dict[str, Any]:
-    """Seconds of sampling a batch, in turn, with compiled schedules; and those of each first call."""
+    """Seconds of sampling a batch, in turn, with compiled schedules; and those of each first call.
+
+    Modulations of all steps are worked out ahead, for all contenders.
+    """
     steps, branches = config.num_steps, problem.config.num_branches
-    x, cond = problem.draw(jax.random.key(7), config.timed_batch)
+    x, labels = problem.draw(jax.random.key(7), config.timed_batch)
+    cond = problem.modulations(labels, steps)
     schedules = {
         "everything computed": uniform_schedule(steps, branches, interval=1),
         "every 2nd step": uniform_schedule(steps, branches, interval=2),

@@ -14,6 +14,7 @@ from experiments.data.digits import load_digits
 from experiments.runner.api import Progress
 from jaxaccel.caching import Sampler
 from jaxaccel.diffusion import (
+    NoiseSchedule,
     ddim_step,
     double_batch,
     epsilon_loss,
@@ -23,7 +24,7 @@ from jaxaccel.diffusion import (
     respace,
     uniform_timesteps,
 )
-from jaxaccel.models import DiTConfig, dit_apply, dit_denoiser, init_dit, load_dit
+from jaxaccel.models import DiTConfig, dit_apply, dit_denoiser, dit_modulation, init_dit, load_dit
 
 CHUNK = 100
 """Training steps in one compiled call."""
@@ -53,25 +54,35 @@ class Problem:
             noise, jax.random.randint(label_key, (batch,), 0, self.config.num_classes), self.config.null_label
         )
 
+    def modulations(self, labels: Any, num_steps: int) -> Any:
+        """What labels and time do to the network at all steps, in place of the labels."""
+        levels = _levels(num_steps)
+
+        def work_out(params: Any, labels: Any) -> Any:
+            steps = levels.timestep(jnp.arange(num_steps))
+            return dit_modulation(params, steps[:, None], labels[None], self.config)
+
+        return jax.jit(work_out)(self.params, labels)
+
+
+def _levels(num_steps: int) -> NoiseSchedule:
+    return respace(noise_schedule(linear_betas()), uniform_timesteps(1000, num_steps))
+
 
 @functools.cache
 def _network(
     config: DiTConfig, scale: float, cfg_channels: int | None, num_steps: int
 ) -> tuple[Callable[..., Any], Sampler]:
     # Cached: the same objects again mean the same compiled programs again.
-    levels = respace(noise_schedule(linear_betas()), uniform_timesteps(1000, num_steps))
+    levels = _levels(num_steps)
     network = guide_denoiser(dit_denoiser(config, levels), scale=scale, cfg_channels=cfg_channels)
     return network, Sampler(lambda x, out, i: ddim_step(levels, x, out[..., : config.channels], i), num_steps)
 
 
-def train_digits(
-    *, width: int, depth: int, heads: int, steps: int, batch_size: int, rate: float, scale: float, seed: int = 0
-) -> Generator[Progress, None, Problem]:
-    """Train a class-conditional DiT on the 8×8 digits, with labels left out now and then for guidance."""
-    digits = load_digits()
-    images = jnp.asarray(np.concatenate([digits.train.images, digits.validation.images]) * 2 - 1)
-    labels = jnp.asarray(np.concatenate([digits.train.labels, digits.validation.labels]))
-    config = DiTConfig.tiny(width=width, depth=depth, heads=heads)
+def training(
+    config: DiTConfig, images: Any, labels: Any, *, steps: int, batch_size: int, rate: float
+) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]:
+    """Training as ``start(params) -> carry`` and ``chunk(carry, keys) -> (carry, losses)``, a key for each step."""
     levels = noise_schedule(linear_betas())
     warm = min(100, steps // 4)
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, warm, steps, rate / 100), b2=0.99)
@@ -94,10 +105,22 @@ def train_digits(
 
         return jax.lax.scan(step, carry, keys)
 
+    return lambda params: (params, tx.init(params)), chunk
+
+
+def train_digits(
+    *, width: int, depth: int, heads: int, steps: int, batch_size: int, rate: float, scale: float, seed: int = 0
+) -> Generator[Progress, None, Problem]:
+    """Train a class-conditional DiT on the 8×8 digits, with labels left out now and then for guidance."""
+    digits = load_digits()
+    images = jnp.asarray(np.concatenate([digits.train.images, digits.validation.images]) * 2 - 1)
+    labels = jnp.asarray(np.concatenate([digits.train.labels, digits.validation.labels]))
+    config = DiTConfig.tiny(width=width, depth=depth, heads=heads)
+    start, chunk = training(config, images, labels, steps=steps, batch_size=batch_size, rate=rate)
     # A published start suits hundreds of thousands of steps; conditions of unit size are learnt from in hundreds.
     params = init_dit(jax.random.key(seed), config)
     params |= {"labels": 50 * params["labels"], "time_in": 4 * params["time_in"], "time_out": 10 * params["time_out"]}
-    carry, note = (params, tx.init(params)), ""
+    carry, note = start(params), ""
     keys = jax.random.split(jax.random.key(seed + 1), steps)
     for done in range(0, steps, CHUNK):
         yield Progress("training the network", done, steps, note)

@@ -11,7 +11,8 @@ on CPU.
 ``"static"`` is a loop on the host over jitted steps. The row is a static argument and the step's number is data, so
 that rows that are equal share one compiled step: compile time grows with the number of distinct rows, not with T. What
 a row reuses is not in its program at all. Entries of the cache that a step does not compute are handed on without a
-copy. Inside a ``jax.jit`` of the caller the loop is unrolled into that program, which then holds all T steps; leave the
+copy. Modulations that depend on time and label only are best worked out for all steps ahead and passed as ``cond``, as
+`jaxaccel.models.dit_modulation` does. Inside a ``jax.jit`` of the caller the loop is unrolled into that program, which then holds all T steps; leave the
 call outside where compile time matters.
 
 Source of the execution: Huang et al., HarmoniCa, arXiv 2410.01723, and Ma et al., Learning-to-Cache, arXiv 2406.01733.
@@ -30,7 +31,8 @@ from jaxaccel.caching.reuse import Cache, DenoiseFn, ReuseSchedule, Sampler, emp
 IMPLEMENTATIONS = ("static", "cond", "reference")
 
 
-@functools.partial(jax.jit, static_argnames=("apply_fn", "step", "row"))
+# The cache is given away: a step that writes a part of it does so in place.
+@functools.partial(jax.jit, static_argnames=("apply_fn", "step", "row"), donate_argnames=("cache",))
 def _static_step(
     params: Any, x: Array, i: Any, cond: Any, cache: Any, *, apply_fn: DenoiseFn, step: Any, row: tuple[bool, ...]
 ) -> tuple[Array, Any]:
