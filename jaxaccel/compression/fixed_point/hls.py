@@ -90,7 +90,7 @@ def _aligned(node: Node, w: Any) -> tuple[np.ndarray, str, int, int]:
 
 
 def _declarations(spec: Spec, node: Node, params: Mapping[str, Any]) -> Iterator[str]:
-    name, (shape, fmt) = node.name, spec.of(node.sources[0])
+    name, (_, fmt) = node.name, spec.of(node.sources[0])
     yield f"typedef {cpp_type(node.out)} {name}_t;"
     if node.op in ("dense", "conv"):
         w, w_type, word, frac = _aligned(node, params["w"])

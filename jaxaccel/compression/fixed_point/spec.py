@@ -15,10 +15,19 @@ from jaxaccel.compression.fixed_point.formats import FixedPoint, Format, split_c
 
 OPS = ("dense", "conv", "scale", "add", "relu", "mean")
 _WORDS = frozenset(
-    "auto bool break case char class const continue default delete do double else enum extern float for goto if int "
-    "long new operator private public register return short signed sizeof static struct switch template this typedef "
-    "union unsigned using void volatile while main x y input network std".split()
+    re.findall(
+        r"\w+",
+        """
+        and asm auto bool break case catch char class const continue default delete do double else enum explicit extern
+        false float for friend goto if inline int long main namespace new not operator or private protected public
+        register return short signed sizeof static std struct switch template this throw true try typedef typename union
+        unsigned using virtual void volatile while xor
+        c fixed_from_raw fixed_to_raw i input j k n output r s sum u v
+        """,
+    )
 )
+"""Words of C++, and names that exported code uses itself."""
+_ENDINGS = ("_t", "_w", "_a", "_b", "_acc", "_sum", "_raw")
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,12 @@ class Spec:
 
     def _with(self, node: Node) -> "Spec":
         taken = {n.name for n in self.nodes}
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", node.name) or node.name in _WORDS | taken:
-            raise ValueError(f"name is {node.name!r}, expected a name in C++ that is not taken: letters, digits and _")
+        good = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", node.name) and not node.name.endswith(_ENDINGS)
+        if not good or node.name in _WORDS | taken:
+            raise ValueError(
+                f"name is {node.name!r}, expected one that is not taken, a name in C++, without {', '.join(_ENDINGS)} "
+                "at its end"
+            )
         return dataclasses.replace(self, nodes=(*self.nodes, node))
 
     def dense(
