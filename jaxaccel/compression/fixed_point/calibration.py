@@ -25,12 +25,12 @@ SEARCH = (0, -1, 1, 2, 3, 4)
 def calibrate(
     tree: Any,
     *,
-    word: int,
-    method: str = "mse",
+    word: int | Any,
+    method: str | Any = "mse",
     channel_axis: int | None = None,
-    signed: bool = True,
-    rounding: str = "rnd",
-    overflow: str = "sat",
+    signed: bool | Any = True,
+    rounding: str | Any = "rnd",
+    overflow: str | Any = "sat",
 ) -> Any:
     """A float f for each array of a tree: parameters, or activations of a batch. Feed them to `trainable_cast`.
 

@@ -1,7 +1,7 @@
 """Dot products of fixed-point numbers, by a wide accumulator or by one that is cast at every step.
 
 An accumulator of hardware that is declared as a narrow ap_fixed is cast at *every* step, ``acc += w * x``. With
-rounding and saturation that differs from one cast at the end more often than not, and depends on the order of terms.
+rounding that differs from one cast at the end more often than not, and once it saturates the order of terms matters.
 `qdot` does both: ``accumulate="exact"`` for a wide accumulator, ``"stepwise"`` for the narrow one, in the order of
 indices. With ``trn``, ``wrap`` and the F of the products the two are the same.
 

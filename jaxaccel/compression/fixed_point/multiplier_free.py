@@ -43,7 +43,9 @@ def _leading(magnitude: Array) -> Array:
     return (jnp.uint32(1) << top) & magnitude
 
 
-def k_hot(m: Any, *, k: Any, word: Any, mode: str = "nearest", signed: bool = True) -> Int[Array, "*S"]:
+def k_hot(
+    m: Any, *, k: int | Any, word: int | Any, mode: str | Any = "nearest", signed: bool = True
+) -> Int[Array, "*S"]:
     """Integers of at most K ones in place of others.
 
     Args:
@@ -81,7 +83,7 @@ def k_hot(m: Any, *, k: Any, word: Any, mode: str = "nearest", signed: bool = Tr
     return jnp.where(negative, -kept, kept)
 
 
-def csd_digits(m: Any, *, word: int) -> Int8[Array, "*S D"]:
+def csd_digits(m: Any, *, word: int | Any) -> Int8[Array, "*S D"]:
     """Canonical signed digits: ``m = Σ_j d_j·2^j``, d_j in {−1, 0, 1}, no two neighbours both set.
 
     No other form with signed digits has fewer of them.
@@ -119,7 +121,7 @@ def _signed_digits(magnitude: Array) -> tuple[Array, Array]:
     return together & changed, half & changed
 
 
-def csd(m: Any, *, k: int, word: int, signed: bool = True) -> Int[Array, "*S"]:
+def csd(m: Any, *, k: int | Any, word: int | Any, signed: bool = True) -> Int[Array, "*S"]:
     """Integers of at most K signed digits in place of others: the K leading canonical ones.
 
     The largest error is about half of that of K ones. Where the result would leave the format, `k_hot` is taken, whose
@@ -144,7 +146,7 @@ def csd(m: Any, *, k: int, word: int, signed: bool = True) -> Int[Array, "*S"]:
     return jnp.where(fits, jnp.where(negative, -kept, kept), nearest)
 
 
-def count_ones(m: Any, *, digits: str = "ones") -> Int[Array, "*S"]:
+def count_ones(m: Any, *, digits: str | Any = "ones") -> Int[Array, "*S"]:
     """Terms of each integer: ones of its magnitude, or its canonical signed digits.
 
     Args:
@@ -174,7 +176,7 @@ class Cost(NamedTuple):
     multipliers: Array  # what it would take instead: weights that are neither 0 nor a power of two
 
 
-def adders(w: Any, *, axis: int = 0, digits: str = "ones") -> Cost:
+def adders(w: Any, *, axis: int = 0, digits: str | Any = "ones") -> Cost:
     """Shifts and additions that ``x @ w`` takes with shifts for products, and the multipliers that they replace.
 
     An estimate by counting: tools share terms, put several small products into one DSP block, and use adders in blocks

@@ -36,7 +36,7 @@ from jaxaccel.compression.fixed_point.rounding import power_of_two, round_and_fi
 LN2 = math.log(2.0)
 
 
-def binary_point(f: Any, *, word: int) -> Int[Array, "*S"]:
+def binary_point(f: Any, *, word: int | Any) -> Int[Array, "*S"]:
     """F that a float f stands for: rounded, ties to even, and kept in [W − 32, W + 31] as the casts keep it.
 
     Raises:
@@ -63,14 +63,14 @@ def trainable_cast(
     x: Any,
     f: Any,
     *,
-    word: int,
-    signed: bool = True,
-    rounding: str = "rnd",
-    overflow: str = "sat",
-    grad_scale: str = "lsq",
+    word: int | Any,
+    signed: bool | Any = True,
+    rounding: str | Any = "rnd",
+    overflow: str | Any = "sat",
+    grad_scale: str | Any = "lsq",
     allow_wrap: bool = False,
-    hot: int | None = None,
-    hot_mode: str = "nearest",
+    hot: int | Any | None = None,
+    hot_mode: str | Any = "nearest",
 ) -> Array:
     """Cast to a word of W bits whose binary point f is a parameter.
 
@@ -156,7 +156,9 @@ def _trainable_jvp(kind: Any, scale: Any, hot: Any, hot_mode: Any, primals: Any,
     return q, jnp.where(inside, tangents[0], 0) + by_point
 
 
-def freeze(f: Any, *, word: int, signed: bool = True, rounding: str = "rnd", overflow: str = "sat") -> Any:
+def freeze(
+    f: Any, *, word: int | Any, signed: bool | Any = True, rounding: str | Any = "rnd", overflow: str | Any = "sat"
+) -> Any:
     """Static formats from learned points: for inference on integers, and for hardware.
 
     Args:

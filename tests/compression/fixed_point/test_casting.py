@@ -151,7 +151,7 @@ def test_wide_words_leave_a_network_as_it_is():
     def network(x, w1, w2, cast=lambda x: x):
         return cast(jax.nn.relu(cast(cast(x) @ cast(w1))) @ cast(w2))
 
-    exact, fixed = network(x, w1, w2), network(x, w1, w2, lambda x: cast(x, fmt))
+    exact, fixed = jax.jit(lambda *a: (network(*a), network(*a, lambda x: cast(x, fmt))))(x, w1, w2)
     assert (exact.argmax(-1) == fixed.argmax(-1)).all()
     # About 16 products whose factors are off by 2^-13 each, twice.
     assert jnp.abs(exact - fixed).max() < 16 * 2 * 2**-13
@@ -172,21 +172,26 @@ def test_gradients_pass_inside_the_range():
     x = jnp.array([0.3, 3.74, 3.76, -4.2, -4.3, 9.0, jnp.inf])
     fmt = FixedPoint(4, 1)  # rounds to integers -8..7
     inside = [1, 1, 0, 1, 0, 0, 0]
-    gradient = jax.grad(lambda x: cast(x, fmt).sum())(x)
-    assert gradient.tolist() == inside
-    _, slope = jax.jvp(lambda x: cast(x, fmt), (x,), (2 * jnp.ones_like(x),))
-    assert slope.tolist() == [2 * i for i in inside]
-    wrap = dataclasses.replace(fmt, overflow="wrap")
-    assert jax.grad(lambda x: cast(x, wrap).sum())(x).tolist() == [1] * 7
-    # -8 has no opposite, so that it is outside here.
-    assert jax.grad(lambda x: cast(x, dataclasses.replace(fmt, overflow="sat_sym")))(-4.0) == 0
-    assert jax.grad(lambda x: cast(x, fmt).sum())(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+    @jax.jit
+    def slopes(x):
+        formats = [dataclasses.replace(fmt, overflow=o) for o in ("sat", "wrap", "sat_sym")]
+        back = [jax.grad(lambda x: cast(x, f).sum())(x) for f in formats]  # noqa: B023
+        half = jax.grad(lambda x: cast(x, fmt).sum())(x.astype(jnp.bfloat16))
+        return *back, half, jax.jvp(lambda x: cast(x, fmt), (x,), (2 * jnp.ones_like(x),))[1]
+
+    saturated, wrapped, symmetric, half, forward = slopes(x)
+    assert saturated.tolist() == inside
+    assert forward.tolist() == [2 * i for i in inside]
+    assert wrapped.tolist() == [1] * 7
+    assert symmetric.tolist() == [1, 1, 0, 0, 0, 0, 0]  # -8 has no opposite
+    assert half.dtype == jnp.bfloat16
 
 
 def test_channels_and_sharding():
     x = jax.random.normal(jax.random.key(0), (16, 3)) * 4
     formats = [FixedPoint(5, frac) for frac in (0, 2, 7)]
-    apart = jnp.stack([cast(x[:, i], f) for i, f in enumerate(formats)], -1)
+    apart = jax.jit(lambda x: jnp.stack([cast(x[:, i], f) for i, f in enumerate(formats)], -1))(x)
     sharding = NamedSharding(Mesh(jax.devices(), ("rows",)), PartitionSpec("rows"))
     together = jax.jit(lambda x: cast(x, formats))(jax.device_put(x, sharding))
     assert together.sharding.is_equivalent_to(sharding, 2)
