@@ -11,13 +11,8 @@ layer, so that `frac_labels` finds it. Give sums before normalisation two bits m
 Batch normalisation folds and casts the statistics of the batch while it trains, with gradients straight through, and
 the running ones else.
 
-    model = QSequential([QInput(word=4), QDense(64, 10, word=4, rngs=rngs)])
-    calibrate_layers(model, batch)                   # points from data; ``set_mode(model, "float")`` trains without
-    logits = model(x, train=True)
-    spec, params = model.freeze((64,))               # int_forward(spec, params, ...), export_hls(spec, params, ...)
-
 The numbers are those of `int_forward`, bit for bit, while sums stay within the 24 bits that float32 holds exactly;
-`QSequential.freeze` refuses to go on where they might not.
+`QSequential.freeze` in `networks` refuses to go on where they might not.
 
 Source: Dai et al., arXiv 2401.17544. The gradients are reconstructed, see `trainable_cast`.
 """

@@ -4,6 +4,8 @@ model = QSequential([QInput(word=4), QDense(64, 10, word=4, rngs=rngs)])
 calibrate_layers(model, batch)                   # points from data; ``set_mode(model, "float")`` trains without
 logits = model(x, train=True)
 spec, params = model.freeze((64,))               # int_forward(spec, params, ...), export_hls(spec, params, ...)
+
+The float network and the integers give the same bits, see `jaxaccel.compression.fixed_point.layers`.
 """
 
 import math
@@ -13,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jaxtyping import Float
 
 from jaxaccel.compression.fixed_point.formats import largest_magnitude
