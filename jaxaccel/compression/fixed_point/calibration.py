@@ -8,6 +8,7 @@
 The start is not given in the paper (Dai et al., arXiv 2401.17544); both rules are common ones.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -62,6 +63,13 @@ def calibrate(
 def _one(x: Array, kind: FixedPoint, method: str, channel_axis: int | None) -> Float[Array, "*S"]:
     if x.size == 0:
         raise ValueError(f"an array has shape {x.shape}, expected at least one entry")
+    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        raise ValueError("an array holds NaN or infinity, expected finite numbers")
+    return _search(x, kind, method, channel_axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _search(x: Array, kind: FixedPoint, method: str, channel_axis: int | None) -> Float[Array, "*S"]:
     axes = tuple(range(x.ndim))
     shape: tuple[int, ...] = ()
     if channel_axis is not None and -x.ndim <= channel_axis < x.ndim:
@@ -69,8 +77,6 @@ def _one(x: Array, kind: FixedPoint, method: str, channel_axis: int | None) -> F
         axes = axes[:at] + axes[at + 1 :]
         shape = (x.shape[at], *(1,) * (x.ndim - at - 1))
     largest = jnp.max(jnp.abs(x), axes).reshape(shape)
-    if not isinstance(largest, jax.core.Tracer) and not bool(jnp.isfinite(largest).all()):
-        raise ValueError("an array holds NaN or infinity, expected finite numbers")
     mantissa, exponent = jnp.frexp(largest)
     # largest = mantissa·2^exponent with mantissa in [1/2, 1): an exact ⌈log2⌉, which a rounded logarithm is not.
     ceiling = jnp.where(largest > 0, exponent - (mantissa == 0.5), 0)

@@ -8,6 +8,7 @@ indices. With ``trn``, ``wrap`` and the F of the products the two are the same.
 Source: the arithmetic of arXiv 2401.17544; widths by UG1399.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ def check_dot(terms: int, x_kind: FixedPoint, w_kind: FixedPoint) -> int:
     return bound
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _int_dot(x: Array, w: Array, x_kind: FixedPoint, w_kind: FixedPoint) -> Array:
     """Exact int32 ``x @ w``, by whatever unit of the platform is exact and fast."""
     bound = check_dot(x.shape[-1], x_kind, w_kind)
@@ -62,6 +64,7 @@ def _int_dot(x: Array, w: Array, x_kind: FixedPoint, w_kind: FixedPoint) -> Arra
     return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=contract(jnp.int8 if small else jnp.int32))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _stepwise(x: Array, w: Array, x_fmt: FixedPoint, w_fmt: FixedPoint, acc: FixedPoint) -> Array:
     """``acc += x[k] * w[k]`` for each k in turn, cast at every step."""
     frac = x_fmt.frac + w_fmt.frac

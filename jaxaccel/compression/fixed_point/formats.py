@@ -123,7 +123,7 @@ def check_modes(rounding: Any, overflow: Any) -> None:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
-def raw_range(word: int, signed: bool, overflow: str = "wrap") -> tuple[int, int]:
+def raw_range(word: Any, signed: bool, overflow: str = "wrap") -> tuple[Any, Any]:
     """Smallest and largest raw integer that a cast can give."""
     if not signed:
         return 0, 2**word - 1

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Int
@@ -73,38 +74,39 @@ def _goes_up(rounding: str, negative: Array, half: Array, rest: Array, odd: Arra
             return jnp.zeros_like(half)
 
 
-def fit(negative: Array, magnitude: Array, huge: Array, kind: FixedPoint) -> tuple[Array, Array]:
+def fit(negative: Array, magnitude: Array, huge: Array, kind: FixedPoint | Any) -> tuple[Array, Array]:
     """Deal with overflow: the raw int32, and whether the number was inside the range.
 
     Args:
         negative: sign.
         magnitude: of the rounded integer, uint32 or uint64, or its low bits.
         huge: whether it has more bits than that.
-        kind: width, sign and overflow mode; its ``frac`` is not looked at.
+        kind: width, sign and overflow mode, of a `FixedPoint` or other object; ``word`` may be a NumPy array.
     """
-    lo, hi = raw_range(kind.word, kind.signed, kind.overflow)
+    lo, hi = (np.asarray(end) for end in raw_range(kind.word, kind.signed, kind.overflow))
     unsigned = magnitude.dtype.type
-    outside = huge | (magnitude > jnp.where(negative, unsigned(-lo), unsigned(hi)))
+    outside = huge | (magnitude > jnp.where(negative, (-lo).astype(unsigned), hi.astype(unsigned)))
     low = magnitude.astype(jnp.uint32)
     m = jnp.where(negative, ~low + jnp.uint32(1), low)
     if kind.overflow == "wrap":
-        spare = 32 - kind.word
         if not kind.signed:
-            return (m & jnp.uint32(hi)).astype(jnp.int32), ~outside
-        return jax.lax.bitcast_convert_type(m << spare, jnp.int32) >> spare, ~outside
+            return (m & hi.astype(np.uint32)).astype(jnp.int32), ~outside
+        spare = np.asarray(32 - kind.word)
+        shifted = jax.lax.bitcast_convert_type(m << spare.astype(np.uint32), jnp.int32)
+        return shifted >> spare.astype(np.int32), ~outside
     bound = jnp.zeros((), jnp.int32)
     if kind.overflow != "sat_zero":
-        bound = jnp.where(negative, jnp.int32(lo), jnp.int32(hi))
+        bound = jnp.where(negative, lo.astype(np.int32), hi.astype(np.int32))
     return jnp.where(outside, bound, jax.lax.bitcast_convert_type(m, jnp.int32)), ~outside
 
 
-def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint) -> tuple[Array, Array]:
+def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint | Any) -> tuple[Array, Array]:
     """Round ``±magnitude·2^(exponent + frac)`` to an integer, then deal with overflow.
 
     Args:
         parts: what ``take_apart`` gave.
         frac: F, an integer or int32 array that broadcasts.
-        kind: width, sign and modes; its own ``frac`` is not looked at.
+        kind: width, sign and modes, as in `fit`.
 
     Returns:
         Raw int32, and whether the rounded integer was inside the range (false for NaN and infinity).
@@ -137,13 +139,13 @@ def round_and_fit(parts: Parts, frac: Any, kind: FixedPoint) -> tuple[Array, Arr
     return m, inside & jnp.logical_not(nan)
 
 
-def divide_and_fit(m: Array, divisor: int, kind: FixedPoint) -> tuple[Array, Array]:
+def divide_and_fit(m: Array, divisor: int, kind: FixedPoint | Any) -> tuple[Array, Array]:
     """Round ``m / divisor`` to an integer, then deal with overflow.
 
     Args:
         m: int32.
         divisor: 1 to 2^31.
-        kind: width, sign and modes; its ``frac`` is not looked at.
+        kind: width, sign and modes, as in `fit`.
     """
     parts = take_apart_int(m)
     by = jnp.uint32(divisor)

@@ -72,7 +72,7 @@ def test_wrapping_is_for_those_who_ask():
     np.testing.assert_allclose(gf, LN2 * (0.3 - 0.5 + 9.0 - 1.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (3, 1, 1), (3, 1, 5)])
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (3, 1, 5)])
 def test_points_that_are_shared(shape):
     x = jax.random.normal(jax.random.key(0), (3, 4, 5)) * 2
     f = jax.random.uniform(jax.random.key(1), shape, minval=0.6, maxval=3.4)
@@ -173,7 +173,7 @@ def test_trees_and_labels_train_with_optax():
     x = jax.random.normal(keys[0], (128, 8))
     w = jax.random.normal(keys[1], (8, 2))
     weights = {"dense": {"w": 0.3 * jax.random.normal(keys[2], (8, 2)), "b": jnp.zeros(2)}}
-    points = calibrate({"dense": {"w": w, "b": None}}, word=4)
+    points = calibrate({"dense": {"w": w, "b": None}}, word=4, method="max")
     state = {"weights": weights, "frac": {"dense": {"w": points["dense"]["w"] + 2, "b": None}}}
     labels = frac_labels(state)
     assert labels["frac"]["dense"]["w"] == "frac"
