@@ -227,7 +227,7 @@ class QConv(_Linear):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: tuple[int, int], *, strides: tuple[int, int] = (1, 1),
+        self, inputs: int, outputs: int, kernel: tuple[int, int] | Any, *, strides: tuple[int, int] | Any = (1, 1),
         padding: Any = "SAME", word: int, in_word: int | None = None, out_word: int | None = None, bias: bool = False,
         per_channel: bool = False, hot: int | None = None, rounding: str = "rnd", overflow: str = "sat",
         grad_scale: str = "lsq", rngs: nnx.Rngs,
@@ -273,7 +273,7 @@ class QBatchNorm(QLayer):
     """
 
     def __init__(
-        self, features: int, *, word: int, out_word: int | None = None, momentum: float = 0.9, eps: float = 1e-5,
+        self, features: int, *, word: int, out_word: int | None = None, momentum: float | Any = 0.9, eps: float | Any = 1e-5,
         hot: int | None = None, rounding: str = "rnd", overflow: str = "sat", grad_scale: str = "lsq",
     ) -> None:  # fmt: skip
         if not 0 <= momentum < 1:

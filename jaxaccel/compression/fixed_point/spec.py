@@ -126,9 +126,9 @@ class Spec:
         return self._with(Node(name, "dense", (source,), (units,), out, _static(w), b, acc, accumulate))
 
     def conv(
-        self, name: str, channels: int, *, kernel: tuple[int, int], w: Format, out: FixedPoint,
+        self, name: str, channels: int, *, kernel: tuple[int, int] | Any, w: Format, out: FixedPoint,
         b: FixedPoint | None = None, acc: FixedPoint | None = None, accumulate: str = "exact",
-        strides: tuple[int, int] = (1, 1), padding: Any = "SAME", source: str | None = None,
+        strides: tuple[int, int] | Any = (1, 1), padding: Any = "SAME", source: str | None = None,
     ) -> "Spec":  # fmt: skip
         """Two-dimensional convolution. Weights [height, width, C, channels], summed in this order of indices.
 

@@ -34,8 +34,9 @@ X = jax.random.uniform(jax.random.key(1), (16, 4, 4, 2))
 
 def network():
     rngs = nnx.Rngs(0)
-    body = QSequential([QConv(3, 4, (3, 3), strides=(2, 2), word=W, hot=1, rngs=rngs), QBatchNorm(4, word=W, hot=2)])
-    short = QSequential([QConv(3, 4, (1, 1), strides=(2, 2), word=W, out_word=W, bias=True, rngs=rngs)])
+    half = {"strides": (2, 2), "word": W, "in_word": W + 2, "rngs": rngs}
+    body = QSequential([QConv(3, 4, (3, 3), hot=1, **half), QBatchNorm(4, word=W, hot=2)])
+    short = QSequential([QConv(3, 4, (1, 1), out_word=W, bias=True, **half)])
     return QSequential(
         [
             QInput(word=W),
@@ -85,7 +86,7 @@ def test_the_frozen_network_gives_the_same_bits(calibrated):
 
 def test_training_moves_weights_points_and_statistics(calibrated):
     graph, points, params, rest = nnx.split(calibrated, BinaryPoint, nnx.Param, ...)
-    assert len(jax.tree.leaves(points)) == 13
+    assert len(jax.tree.leaves(points)) == 15
     assert set(jax.tree.leaves(frac_labels(points))) == {"frac"}
     assert set(jax.tree.leaves(frac_labels(params))) == {"weights"}
     labels = jnp.arange(16) % 3
