@@ -204,8 +204,10 @@ METHODS: tuple[Method, ...] = (
         authors="Dai, Y. Zhang, J. Zhang, Hu, Cai, Sun, Z. Zhang",
         arxiv="2401.17544",
         family="compression",
-        module="jaxaccel.compression.qfx",
+        module="jaxaccel.compression.fixed_point",
         cheaper="inference on FPGAs: fixed-point arithmetic with learned binary points, weights without multipliers",
+        status="done",
+        experiments=("qfx",),
     ),
     Method(
         slug="continual",

@@ -22,8 +22,20 @@ from jaxaccel.compression.fixed_point.calibration import calibrate
 from jaxaccel.compression.fixed_point.casting import cast, from_int, to_int
 from jaxaccel.compression.fixed_point.dot import exact_matmul, qdot
 from jaxaccel.compression.fixed_point.formats import FixedPoint, Format, add_format, dot_format, multiply_format
+from jaxaccel.compression.fixed_point.hls import export_hls
+from jaxaccel.compression.fixed_point.integer import int_forward
+from jaxaccel.compression.fixed_point.layers import BinaryPoint, QBatchNorm, QConv, QDense, QInput, QRelu
 from jaxaccel.compression.fixed_point.multiplier_free import Cost, adders, count_ones, csd, csd_digits, k_hot
+from jaxaccel.compression.fixed_point.networks import (
+    QMean,
+    QResidual,
+    QSequential,
+    calibrate_layers,
+    set_mode,
+    weight_integers,
+)
 from jaxaccel.compression.fixed_point.operators import qadd, qmean, qmul, requantise
+from jaxaccel.compression.fixed_point.spec import Node, Spec
 from jaxaccel.compression.fixed_point.trainable import (
     binary_point,
     frac_labels,
@@ -33,23 +45,37 @@ from jaxaccel.compression.fixed_point.trainable import (
 )
 
 __all__ = [
+    "BinaryPoint",
     "Cost",
     "FixedPoint",
     "Format",
+    "Node",
+    "QBatchNorm",
+    "QConv",
+    "QDense",
+    "QInput",
+    "QMean",
+    "QRelu",
+    "QResidual",
+    "QSequential",
+    "Spec",
     "add_format",
     "adders",
     "binary_point",
     "calibrate",
+    "calibrate_layers",
     "cast",
     "count_ones",
     "csd",
     "csd_digits",
     "dot_format",
     "exact_matmul",
+    "export_hls",
     "fold_batch_norm",
     "frac_labels",
     "freeze",
     "from_int",
+    "int_forward",
     "k_hot",
     "multiply_format",
     "qadd",
@@ -59,6 +85,8 @@ __all__ = [
     "qmul",
     "quantize_params",
     "requantise",
+    "set_mode",
     "to_int",
     "trainable_cast",
+    "weight_integers",
 ]
