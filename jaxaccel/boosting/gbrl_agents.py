@@ -369,7 +369,9 @@ def begin(
         memory = Rollout(columns, action, jnp.zeros(shape), jnp.zeros(shape), columns, flags, flags, flags)
     spread = optax.adam(agent.log_std_rate).init(log_std)
     running, rollouts = jnp.zeros(agent.envs), jnp.zeros((), jnp.int32)
-    return AgentState(params, log_std, spread, key, env, obs, running, memory, rollouts, _sizes(agent))
+    state = AgentState(params, log_std, spread, key, env, obs, running, memory, rollouts, _sizes(agent))
+    # Literal numbers are of a weak type, which the state after a step no longer has: it would be compiled for twice.
+    return jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype), state)
 
 
 def agent_init(env: Environment, model: Any, agent: Agent, key: Any) -> AgentState:
