@@ -14,6 +14,7 @@ class NetworkState(NamedTuple):
 
     weights: Any
     optimizer: Any
+    rate: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ class MLPActorCritic:
     """Codes of each column, which are then fed one-hot; numbers as they are if empty."""
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Clipping, then Adam."""
-        return optax.chain(optax.clip_by_global_norm(self.longest), optax.adam(self.rate, eps=1e-5))
+        """Clipping, then Adam; the rate is a part of the state."""
+        return optax.chain(optax.clip_by_global_norm(self.longest), optax.scale_by_adam(eps=1e-5))
 
     def init(self, key: Any, n_features: int, outputs: int, categorical: tuple[int, ...]) -> NetworkState:
         """Orthogonal weights; small ones in the policy's last layer."""
@@ -49,7 +50,7 @@ class MLPActorCritic:
                 matrix = jax.nn.initializers.orthogonal(gain)(layer, (sizes[i], sizes[i + 1]), jnp.float32)
                 layers.append((matrix, jnp.zeros(sizes[i + 1])))
             weights.append(layers)
-        return NetworkState(weights, self.optimizer().init(weights))
+        return NetworkState(weights, self.optimizer().init(weights), jnp.asarray(self.rate, jnp.float32))
 
     def _forward(self, weights: Any, obs: jax.Array) -> jax.Array:
         if self.categories:
@@ -73,7 +74,8 @@ class MLPActorCritic:
         _, pull = jax.vjp(lambda weights: self._forward(weights, obs), params.weights)
         (slope,) = pull(gradients / len(obs))
         change, state = self.optimizer().update(slope, params.optimizer, params.weights)
-        return NetworkState(optax.apply_updates(params.weights, change), state)
+        change = jax.tree.map(lambda c: -params.rate * c, change)
+        return NetworkState(optax.apply_updates(params.weights, change), state, params.rate)
 
     def advance(self, params: NetworkState, obs: jax.Array, outputs: jax.Array) -> None:
         """A network has to be asked anew."""
