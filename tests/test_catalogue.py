@@ -65,6 +65,7 @@ def test_the_methods_that_are_done():
         "geb": ("geb",),
         "blockffn": ("blockffn",),
         "learn2pd": ("learn2pd",),
+        "gbrl": ("gbrl",),
         "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)

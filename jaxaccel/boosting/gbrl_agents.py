@@ -14,7 +14,7 @@ Fuhrer, Tessler and Dalal, arXiv 2407.08250.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from jaxaccel.boosting.gbrl_losses import Batch, Categorical, Gaussian, Policy, 
 from jaxaccel.boosting.trees import tree_leaves
 
 
+@runtime_checkable
 class Environment(Protocol):
     """An environment in JAX; hashable, as programs are compiled for it."""
 
@@ -52,6 +53,7 @@ class Environment(Protocol):
         """State, observation, reward, whether the episode ended by itself, whether it was cut short. No reset."""
 
 
+@runtime_checkable
 class ActorCritic(Protocol):
     """A model with a column for each output of the policy and a last one for the value; hashable."""
 

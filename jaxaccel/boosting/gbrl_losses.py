@@ -48,24 +48,24 @@ class Categorical:
         """Columns A of θ."""
         return self.n
 
-    def log_prob(self, theta: Array, action: Array, log_std: Any) -> Float[Array, "n"]:
+    def log_prob(self, theta: Any, action: Any, log_std: Any) -> Float[Array, "n"]:
         """log π(a|s)."""
         del log_std
         logits = jax.nn.log_softmax(theta)
         return jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
 
-    def entropy(self, theta: Array, log_std: Any) -> Float[Array, "n"]:
+    def entropy(self, theta: Any, log_std: Any) -> Float[Array, "n"]:
         """H of each row's distribution."""
         del log_std
         logits = jax.nn.log_softmax(theta)
         return -(jnp.exp(logits) * logits).sum(1)
 
-    def sample(self, key: Any, theta: Array, log_std: Any) -> Array:
+    def sample(self, key: Any, theta: Any, log_std: Any) -> Array:
         """An action of each row, int32."""
         del log_std
         return jax.random.categorical(key, theta).astype(jnp.int32)
 
-    def best(self, theta: Array) -> Array:
+    def best(self, theta: Any) -> Array:
         """The most likely action of each row."""
         return jnp.argmax(theta, 1).astype(jnp.int32)
 
@@ -96,20 +96,20 @@ class Gaussian:
         """Columns A of θ."""
         return self.size
 
-    def log_prob(self, theta: Array, action: Array, log_std: Any) -> Float[Array, "n"]:
+    def log_prob(self, theta: Any, action: Any, log_std: Any) -> Float[Array, "n"]:
         """log π(a|s)."""
         scaled = (action - theta) * jnp.exp(-log_std)
         return -(0.5 * scaled**2 + log_std + 0.5 * LOG_2PI).sum(1)
 
-    def entropy(self, theta: Array, log_std: Any) -> Float[Array, "n"]:
+    def entropy(self, theta: Any, log_std: Any) -> Float[Array, "n"]:
         """H of each row's distribution."""
         return jnp.broadcast_to((log_std + 0.5 * (1 + LOG_2PI)).sum(), theta.shape[:1])
 
-    def sample(self, key: Any, theta: Array, log_std: Any) -> Array:
+    def sample(self, key: Any, theta: Any, log_std: Any) -> Array:
         """An action of each row."""
         return theta + jnp.exp(log_std) * jax.random.normal(key, theta.shape)
 
-    def best(self, theta: Array) -> Array:
+    def best(self, theta: Any) -> Array:
         """The most likely action of each row."""
         return theta
 
@@ -278,8 +278,9 @@ def row_gradients(
     n = len(batch.advantage)
     if jnp.shape(outputs) != (n, policy.outputs + 1):
         raise ValueError(f"outputs have shape {jnp.shape(outputs)}, expected ({n}, {policy.outputs + 1})")
-    if isinstance(policy, Gaussian) and jnp.shape(log_std) != (policy.size,):
-        raise ValueError(f"log_std has shape {jnp.shape(log_std)}, expected ({policy.size},)")
+    if isinstance(policy, Gaussian) and (log_std is None or jnp.shape(log_std) != (policy.size,)):
+        found = None if log_std is None else f"of shape {jnp.shape(log_std)}"
+        raise ValueError(f"log_std is {found}, expected shape ({policy.size},)")
 
     def whole(outputs: Array, log_std: Any) -> Array:
         return loss(outputs[:, :-1], outputs[:, -1], batch, log_std=log_std, **settings)

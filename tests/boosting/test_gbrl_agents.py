@@ -273,13 +273,13 @@ def test_action_spaces():
     [
         (lambda: PPO(batch_size=100), "batch_size is 100, expected a divisor of the 1024 rows"),
         (lambda: PPO(epochs=0), "epochs is 0"),
-        (lambda: A2C(envs=2.5), "envs is 2.5"),
+        (lambda: A2C(envs=True), "envs is True"),
         (lambda: AWR(gamma=1.5), "gamma and lam are 1.5"),
         (lambda: CategoryEncoder()(np.zeros(3)), r"the table has shape \(3,\)"),
         (lambda: row_gradients(losses.a2c_loss, jnp.zeros((N, 3)), batch_of(Categorical(3)), policy=Categorical(3)),
          r"outputs have shape \(12, 3\), expected \(12, 4\)"),
         (lambda: row_gradients(losses.a2c_loss, jnp.zeros((N, 3)), batch_of(Gaussian(2)), policy=Gaussian(2)),
-         r"log_std has shape \(\), expected \(2,\)"),
+         r"log_std is None, expected shape \(2,\)"),
     ],
 )  # fmt: skip
 def test_bad_settings(make, message):

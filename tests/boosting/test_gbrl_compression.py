@@ -89,7 +89,7 @@ def test_selections_and_schedules():
     np.testing.assert_allclose(gbrl_predict(first, x), gbrl_predict(state, x, stop=2), atol=1e-6)
     grown = gbrl_step(same, x, before)
     assert int(grown.n_trees) == 7
-    errors = [float(gbrl_compress(state, x, keep=k)[1]) for k in (1, 3, 5)]
+    errors = [float(gbrl_compress(state, x, keep=k)[1]) for k in (2, 5)]
     assert errors == sorted(errors, reverse=True)
 
 
