@@ -21,6 +21,7 @@ MODULES = (
     "expert_ffn",
     "block_ffn_decoding",
     "diffusion",
+    "diffusion_cache",
 )
 
 

@@ -135,6 +135,8 @@ def svg(figure: Figure) -> str:
     }
     with mpl.rc_context(settings):
         size = (6.2, 0.9 + 0.34 * len(figure.tiles)) if figure.tiles else (6.2, 3.7)
+        if _is_picture(figure):
+            size = (6.2, 0.9 + 5 * len(figure.tiles) / len(figure.tiles[0]))
         canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots()
         if figure.tiles:
@@ -161,6 +163,11 @@ def svg(figure: Figure) -> str:
     return text.strip() + "\n"
 
 
+def _is_picture(figure: Figure) -> bool:
+    """Whether tiles without any text stand for pixels."""
+    return bool(figure.tiles) and not any(tile.text for row in figure.tiles for tile in row)
+
+
 def _draw_tiles(canvas: Any, axes: Any, figure: Figure) -> None:
     """A grid of tiles and the scale of its colours."""
     import matplotlib as mpl
@@ -172,7 +179,8 @@ def _draw_tiles(canvas: Any, axes: Any, figure: Figure) -> None:
     colours = mpl.colormaps["viridis"].with_extremes(bad="#e6e9ed")
     norm = mpl.colors.Normalize(low, max(high, low + 1e-9))
     # Vector squares: an image would be drawn in pixels.
-    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="white", linewidth=1)
+    edges: dict[str, Any] = {} if _is_picture(figure) else {"edgecolors": "white", "linewidth": 1}
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, **edges)
     for y, row in enumerate(figure.tiles):
         for x, tile in enumerate(row):
             dark = tile.value is not None and norm(tile.value) < 0.6
@@ -180,7 +188,11 @@ def _draw_tiles(canvas: Any, axes: Any, figure: Figure) -> None:
             axes.text(x + 0.5, y + 0.5, tile.text, ha="center", va="center", color=ink, fontsize=8.5)
     axes.invert_yaxis()
     axes.grid(visible=False)
-    axes.set_yticks([y + 0.5 for y in range(len(figure.tiles))], [str(y + 1) for y in range(len(figure.tiles))])
+    if _is_picture(figure):
+        axes.set_yticks([])
+        axes.set_aspect("equal")
+    else:
+        axes.set_yticks([y + 0.5 for y in range(len(figure.tiles))], [str(y + 1) for y in range(len(figure.tiles))])
     axes.set_xticks([])
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
