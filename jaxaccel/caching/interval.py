@@ -33,7 +33,7 @@ from jaxaccel.diffusion import NoiseSchedule, ddim_step, double_batch, guide
 
 
 def cache_schedule(num_steps: Any, *, interval: Any) -> tuple[bool, ...]:
-    """Which denoising steps are computed in full: 0, N, 2N, …
+    """Which denoising steps are computed in full: 0, N, 2N and so on.
 
     Args:
         num_steps: T, at least 1.

@@ -119,9 +119,7 @@ def select_visual_tokens(
     rest = num_keep - num_key
     task = int(np.floor(task_ratio * rest + 1e-9))
     if not num_key and task < rest:
-        raise ValueError(
-            f"num_key is 0, expected at least 1: {rest - task} tokens are chosen by distance to key tokens"
-        )
+        raise ValueError(f"num_key is 0, expected at least 1: {rest - task} tokens go by distance to them")
     if not isinstance(relevance, jax.core.Tracer) and bool(jnp.isnan(relevance).any()):
         raise ValueError("relevance has NaN: are all queries masked?")
     relevance = jnp.where(jnp.isnan(relevance), 0, relevance)
