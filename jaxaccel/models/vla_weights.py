@@ -1,6 +1,6 @@
 """Real weights for `vla_head`: CogACT's action head by the names of its code.
 
-Names may begin with ``action_model.`` and ``net.``, as in the published checkpoints. Those are files of pickled tensors,
+Names may begin with ``action_model.`` and ``net.``, as in the published checkpoints. Those hold pickled tensors,
 which can run code and are not read: convert one to safetensors, or give a dict of arrays.
 """
 
