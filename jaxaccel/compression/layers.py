@@ -46,8 +46,9 @@ def init_importance(num_layers: Any, dtype: Any = jnp.float32) -> ImportanceStat
     return ImportanceState(jnp.zeros(num_layers, dtype), jnp.zeros((), dtype))
 
 
-def _cosines(hidden: Array, mask: Any) -> tuple[Array, Array]:
+def _cosines(hidden_states: Any, mask: Any) -> tuple[Array, Array]:
     """Mean cosine of each layer and sample [L, B], and which samples count [B]."""
+    hidden = jnp.asarray(hidden_states)
     if hidden.ndim != 4 or hidden.shape[0] < 2:
         raise ValueError(f"hidden_states has shape {hidden.shape}, expected [L+1, B, S, D] with at least one layer")
     if mask is not None and tuple(mask.shape) != tuple(hidden.shape[1:3]):
@@ -69,7 +70,7 @@ def _cosines(hidden: Array, mask: Any) -> tuple[Array, Array]:
 
 
 def accumulate_importance(
-    state: ImportanceState, hidden_states: Float[Array, "..."], *, mask: Any = None
+    state: ImportanceState, hidden_states: Any, *, mask: Any = None
 ) -> ImportanceState:
     """Add a batch of calibration samples.
 
@@ -95,7 +96,7 @@ def finalize_importance(state: ImportanceState) -> Float[Array, "L"]:
     return 1 - state.total / state.samples
 
 
-def layer_importance(hidden_states: Float[Array, "..."], *, mask: Any = None) -> Float[Array, "L"]:
+def layer_importance(hidden_states: Any, *, mask: Any = None) -> Float[Array, "L"]:
     """How much each layer turns the residual stream: the mean over positions, then over samples.
 
     Args:

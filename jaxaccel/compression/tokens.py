@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 
 def token_relevance(
-    attention: Float[Array, "..."], *, query_mask: Any = None, normalize: bool = True
+    attention: Any, *, query_mask: Any = None, normalize: bool = True
 ) -> Float[Array, "..."]:
     """How much the words attend to each visual token.
 
@@ -41,6 +41,7 @@ def token_relevance(
     >>> token_relevance(jnp.array([[[[0.1, 0.5, 0.3]]]])).round(2).tolist()
     [[0.0, 1.0, 0.5]]
     """
+    attention = jnp.asarray(attention)
     if attention.ndim != 4 or 0 in attention.shape:
         raise ValueError(f"attention has shape {attention.shape}, expected [B, H, Q, N], none of them 0")
     wide = attention.astype(jnp.promote_types(attention.dtype, jnp.float32))

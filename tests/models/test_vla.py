@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from flax import nnx
@@ -141,7 +142,7 @@ def test_head_in_bf16_its_gradient_and_a_batch_at_many_devices():
 
 
 def test_bad_heads_and_samples():
-    params = head_params_from_names(FILE, HEAD)
+    params = jax.tree.map(jnp.asarray, head_params_from_names(FILE, HEAD))
     noise, cond = jnp.zeros((1, 16, 7)), jnp.zeros((1, 20))
     arguments = {"sampler": SAMPLER, "schedule": cache_schedule(10, interval=2)}
     for call, message in (
@@ -230,7 +231,6 @@ def test_a_pruned_sequence_is_one_whose_dropped_keys_are_not_seen():
     found, kept = cognition(PARAMS, VISUAL, TEXT, CONFIG, cuts=cuts)
     assert kept.shape == (2, 4)
     from jaxaccel.models.decoder import block, embed, prompt_context, rms_norm
-    from jaxaccel.models.decoder_attention import grouped  # noqa: F401 - the layer's own helpers stay untouched
 
     x = jnp.concatenate([VISUAL @ PARAMS["visual"].T, embed(PARAMS["decoder"], TEXT, CONFIG.decoder)], 1)
     context = prompt_context(x, CONFIG.decoder)
