@@ -203,12 +203,8 @@ def language(config: EfficientVLAExperiment) -> list[list[float]]:
     """Perplexity of a real language model on real text with its least important layers left out."""
     model = load_pretrained(config.language_model)
     data = load_python_topics()
-    words = "".join(data.alphabet[i] for i in np.asarray(data.train[:60_000])) if hasattr(data, "alphabet") else ""
-    if not words:
-        import pydoc_data.topics
-
-        words = "\n".join(pydoc_data.topics.topics.values())
-    ids = np.asarray(model.tokenizer.encode(words[:60_000]))[: 24 * 129].reshape(24, 129)
+    words = "".join(data.alphabet[i] for i in data.train[:60_000])
+    ids = np.asarray(model.tokenizer.encode(words))[: 24 * 129].reshape(24, 129)
     params = jax.tree.map(jnp.asarray, model.params)
     stacked = stack_layers(params)
     hidden = _language_states(stacked, jnp.asarray(ids[:16, :-1]), model.config)
@@ -301,7 +297,7 @@ def compare(config: EfficientVLAExperiment, found: dict[str, Any]) -> Comparison
             f"Success and milliseconds of one policy step ({len(success[FULL])} seeds)",
             ("what is left out", "success", "ms, batch 1", "times as fast"),
             tuple(lines),
-            "success: mean ± standard deviation over seeds; milliseconds: medians in turn, first seed, one program each",
+            "success: mean ± deviation over seeds; milliseconds: medians in turn, first seed, one program each",
         )
     ]
     if "perplexity" in found:

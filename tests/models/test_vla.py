@@ -134,7 +134,7 @@ def test_head_in_bf16_its_gradient_and_a_batch_at_many_devices():
     rows = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("b",)), PartitionSpec("b"))
     np.testing.assert_allclose(call(params, *jax.device_put((noise, cond), rows)), exact, atol=1e-5)
     jax.test_util.check_grads(
-        lambda x, c: jnp.sum(jnp.sin(full(params, x, 3, c)[0])), (noise[:1], cond[:1]), 1, ["rev"]
+        lambda x, c: jnp.sum(jnp.sin(call(params, jnp.asarray(x), jnp.asarray(c)))), (noise[:1], cond[:1]), 1, ["rev"]
     )
     head = ActionHead(HEAD, params=params)
     np.testing.assert_allclose(head(noise, 3, cond), exact, atol=1e-5)
