@@ -1,5 +1,6 @@
 """Caching: keep less, or compute less often, of what a model remembers between steps."""
 
+from jaxaccel.caching.efficient_vla import EfficientVLAConfig
 from jaxaccel.caching.harmonica import (
     EpochInfo,
     Harmonica,
@@ -12,6 +13,7 @@ from jaxaccel.caching.harmonica import (
     step_weights,
 )
 from jaxaccel.caching.harmonica_sampling import sample, soft_sample
+from jaxaccel.caching.interval import DDIM, cache_schedule, sample_actions
 from jaxaccel.caching.reuse import (
     DenoiseFn,
     ReuseSchedule,
@@ -27,7 +29,9 @@ from jaxaccel.caching.reuse import (
 from jaxaccel.caching.snapkv import SnapKVSelection, compress, snapkv_select, snapkv_votes, snapkv_window
 
 __all__ = [
+    "DDIM",
     "DenoiseFn",
+    "EfficientVLAConfig",
     "EpochInfo",
     "Harmonica",
     "HarmonicaState",
@@ -35,6 +39,7 @@ __all__ = [
     "SDTStep",
     "Sampler",
     "SnapKVSelection",
+    "cache_schedule",
     "cache_utilization",
     "compress",
     "harmonica",
@@ -44,6 +49,7 @@ __all__ = [
     "router_init",
     "router_schedule",
     "sample",
+    "sample_actions",
     "save_schedule",
     "schedule_from_array",
     "sdt_loss",

@@ -1,4 +1,5 @@
 """Smaller models: weights in fewer bits, networks in fixed point, and students taught by larger models."""
+"""Smaller models: weights in fewer bits, fewer layers and tokens, and students taught by larger models."""
 
 from jaxaccel.compression.distillation import (
     init_projections,
@@ -61,6 +62,28 @@ __all__ = [
     "from_int",
     "init_projections",
     "k_hot",
+from jaxaccel.compression.layers import (
+    ImportanceState,
+    accumulate_importance,
+    finalize_importance,
+    init_importance,
+    layer_importance,
+    prune_layers,
+    select_layers,
+    slice_mlp,
+)
+from jaxaccel.compression.tokens import prune_tokens, select_visual_tokens, token_relevance
+from jaxaccel.compression.weight_only import Int8Weight, dequantize, linear, quantize, quantize_weights, take_rows
+
+__all__ = [
+    "ImportanceState",
+    "Int8Weight",
+    "accumulate_importance",
+    "dequantize",
+    "finalize_importance",
+    "init_importance",
+    "init_projections",
+    "layer_importance",
     "layerwise_kd_loss",
     "linear",
     "logit_kd_loss",
@@ -71,6 +94,8 @@ __all__ = [
     "qdot",
     "qmean",
     "qmul",
+    "prune_layers",
+    "prune_tokens",
     "quantize",
     "quantize_params",
     "quantize_weights",
@@ -78,5 +103,10 @@ __all__ = [
     "take_rows",
     "to_int",
     "trainable_cast",
+    "select_layers",
+    "select_visual_tokens",
+    "slice_mlp",
+    "take_rows",
+    "token_relevance",
     "uniform_layer_map",
 ]

@@ -31,11 +31,16 @@ from jaxaccel.models.generation import Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
 from jaxaccel.models.prompts import SnapKV, pad_prompts, prefill
 from jaxaccel.models.transformer import AttentionSublayer, CharLM, TransformerBlock, VisionTransformer
+from jaxaccel.models.vla import VLA, VLAConfig, cut_vla, init_vla, vla_cognition, vla_hidden_states, vla_policy
+from jaxaccel.models.vla_head import ActionHead, HeadConfig, head_full, head_reuse, init_head
+from jaxaccel.models.vla_weights import head_params_from_names, load_action_head
 from jaxaccel.models.weights import load_pretrained
 
 __all__ = [
     "CNN",
     "MLP",
+    "VLA",
+    "ActionHead",
     "AttentionSublayer",
     "BlockFFNConfig",
     "BlockTopK",
@@ -48,6 +53,7 @@ __all__ = [
     "Drafts",
     "Forward",
     "Generation",
+    "HeadConfig",
     "KVCache",
     "Lookup",
     "Modulation",
@@ -56,8 +62,10 @@ __all__ = [
     "RopeScaling",
     "SnapKV",
     "TransformerBlock",
+    "VLAConfig",
     "VisionTransformer",
     "append",
+    "cut_vla",
     "decoder_forward",
     "decoder_logits",
     "dit_apply",
@@ -70,8 +78,14 @@ __all__ = [
     "expert_union",
     "fuse",
     "generate",
+    "head_full",
+    "head_params_from_names",
+    "head_reuse",
     "init_dit",
+    "init_head",
     "init_params",
+    "init_vla",
+    "load_action_head",
     "load_dit",
     "load_pretrained",
     "new_cache",
@@ -82,4 +96,7 @@ __all__ = [
     "stack_blocks",
     "stack_layers",
     "unstack_layers",
+    "vla_cognition",
+    "vla_hidden_states",
+    "vla_policy",
 ]
