@@ -160,8 +160,6 @@ METHODS: tuple[Method, ...] = (
         family="caching",
         module="jaxaccel.caching.harmonica",
         cheaper="diffusion sampling: a learned table reuses block outputs of earlier steps",
-        status="done",
-        experiments=("harmonica",),
     ),
     Method(
         slug="efficient_vla",
@@ -172,8 +170,6 @@ METHODS: tuple[Method, ...] = (
         family="caching",
         module="jaxaccel.caching.efficient_vla",
         cheaper="robot policies: drops layers and visual tokens and reuses denoising features, without training",
-        status="done",
-        experiments=("efficient_vla",),
     ),
     Method(
         slug="llm_acceleration",
@@ -208,8 +204,6 @@ METHODS: tuple[Method, ...] = (
         family="compression",
         module="jaxaccel.compression.fixed_point",
         cheaper="inference on FPGAs: fixed-point arithmetic with learned binary points, weights without multipliers",
-        status="done",
-        experiments=("qfx",),
     ),
     Method(
         slug="continual",
@@ -333,8 +327,6 @@ METHODS: tuple[Method, ...] = (
         family="boosting",
         module="jaxaccel.boosting.gbrl",
         cheaper="RL on tabular observations: boosted trees as policy and value, with a cheap histogram tree builder",
-        status="done",
-        experiments=("gbrl",),
     ),
     Method(
         slug="gbnn",

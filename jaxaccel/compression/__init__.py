@@ -1,4 +1,4 @@
-"""Smaller models: weights in fewer bits, networks in fixed point, fewer layers and tokens, students of larger models."""
+"""Smaller models: weights in fewer bits, fixed point, fewer layers and tokens, and students of larger models."""
 
 from jaxaccel.compression.distillation import (
     init_projections,
