@@ -27,7 +27,7 @@ class Pole(NamedTuple):
 class CartPole:
     """CartPole-v1: a cart is pushed left (0) or right (1) so that its pole stays up; 1 for every step.
 
-    Barto, Sutton and Anderson, 1983. Constants, limits and the explicit Euler step are those of Gymnasium's CartPole-v1.
+    Barto, Sutton and Anderson, 1983. Constants, limits and the explicit Euler step are those of Gymnasium.
     """
 
     limit: int = 500
@@ -54,7 +54,7 @@ class CartPole:
     def reset(self, key: Any) -> tuple[Pole, jax.Array]:
         """Uniform between −0.05 and 0.05."""
         start = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05)
-        state = Pole(*start, jnp.zeros((), jnp.int32))
+        state = Pole(start[0], start[1], start[2], start[3], jnp.zeros((), jnp.int32))
         return state, self.observe(state)
 
     def step(self, key: Any, state: Pole, action: Any) -> tuple[Pole, jax.Array, jax.Array, jax.Array, jax.Array]:

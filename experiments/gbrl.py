@@ -106,7 +106,7 @@ def with_rate(params: Any, rate: float) -> Any:
 def in_jax(arm: str, task: Task, steps: int) -> Callable[[float, int], dict[str, Any]]:
     """A function of rate and seed: one run."""
     model = model_of(arm, task, steps, task.env.categories)
-    warmed = []
+    warmed: list[bool] = []
 
     def run(rate: float, seed: int) -> dict[str, Any]:
         state = agent_init(task.env, model, task.agent, jax.random.key(seed))
@@ -199,7 +199,7 @@ def time_trees(config: GBRLConfig) -> list[dict[str, Any]]:
         obs, gradients = jax.random.normal(keys[0], (rows, columns)), jax.random.normal(keys[1], (rows, outputs))
         state = gbrl_init(columns, outputs, capacity=1)
         step = jax.jit(gbrl_step)
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "histograms": lambda step=step, a=(state, obs, gradients): step(*a),
             "passes": lambda a=(obs, gradients): passes_over_rows(*a, n_bins=250, max_depth=4),
         }
@@ -256,9 +256,12 @@ def compare(config: GBRLConfig, found: Mapping[str, Any], trees: list[dict[str, 
             series.append(Series(arm, tuple(ends.tolist()), *(tuple(v.tolist()) for v in values)))
         figures.append(
             Figure(
-                f"{name}: return of an episode", "environment steps", "mean return", tuple(series),
+                f"{name}: return of an episode",
+                "environment steps",
+                "mean return",
+                tuple(series),
                 note="mean over seeds, each arm at its own rate; band: smallest to largest",
-            )  # fmt: skip
+            )
         )
         rows.append(_row(name, part, steps, agent))
     table = Table(

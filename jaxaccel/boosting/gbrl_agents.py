@@ -448,7 +448,8 @@ def _flat(a: Array, axes: int) -> Array:
 def learn(model: Any, agent: Agent, policy: Policy, state: AgentState, rollout: Rollout) -> tuple[AgentState, Array]:
     """Updates of a rollout; the state of environments is not touched. Returns the mean loss."""
     key, order_key, fill_key = jax.random.split(state.key, 3)
-    memory, limit = state.memory, agent.rows
+    memory: Any = state.memory
+    limit: Any = agent.rows
     if agent.buffer:
         memory = jax.tree.map(lambda all_, new: all_.at[state.rollouts % agent.buffer].set(new), memory, rollout)
         limit = agent.rows * jnp.minimum(state.rollouts + 1, agent.buffer)

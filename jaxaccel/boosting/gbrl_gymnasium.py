@@ -1,7 +1,7 @@
 """Agents on vectorised environments of Gymnasium's interface, which need not be installed.
 
 Environments run on the host, a step at a time; acting and learning are compiled. What is asked of them is
-``reset(seed=)``, ``step(actions)``, ``single_action_space`` and, for the number of environments, what ``reset`` returns.
+``reset(seed=)``, ``step(actions)``, ``single_action_space`` and, for their number, what ``reset`` returns.
 Both ways of starting anew are understood: in the step after an episode's end (Gymnasium's default from 1.0 on), or in
 the same step with the last observation in the infos.
 """
@@ -117,8 +117,8 @@ def gbrl_gymnasium(
         rows = np.asarray(encode(observed), np.float32)
         if rows.ndim != 2 or len(rows) != agent.envs or (columns and rows.shape[1] != columns[0]):
             raise ValueError(
-                f"observations have shape {rows.shape}, expected ({agent.envs}, {columns[0] if columns else 'columns'}) "
-                "at every step: batch sizes must not change in a run"
+                f"observations have shape {rows.shape}, expected ({agent.envs}, "
+                f"{columns[0] if columns else 'columns'}) at every step: batch sizes must not change in a run"
             )
         if not np.isfinite(rows).all():
             raise ValueError("observations must be finite, got NaN or infinity")

@@ -49,7 +49,7 @@ class Categorical:
         return self.n
 
     def log_prob(self, theta: Any, action: Any, log_std: Any) -> Float[Array, "n"]:
-        """log π(a|s)."""
+        """The policy's log π(a|s)."""
         del log_std
         logits = jax.nn.log_softmax(theta)
         return jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
@@ -97,7 +97,7 @@ class Gaussian:
         return self.size
 
     def log_prob(self, theta: Any, action: Any, log_std: Any) -> Float[Array, "n"]:
-        """log π(a|s)."""
+        """The policy's log π(a|s)."""
         scaled = (action - theta) * jnp.exp(-log_std)
         return -(0.5 * scaled**2 + log_std + 0.5 * LOG_2PI).sum(1)
 

@@ -104,7 +104,8 @@ class QSequential(nnx.Module):
         first = self.layers[0] if len(self.layers) else None
         if not isinstance(first, QInput):
             raise ValueError(f"the first layer is {type(first).__name__}, expected QInput: hardware needs its format")
-        spec, params = Spec(tuple(shape), first.format("out")), {}
+        spec = Spec(tuple(shape), first.format("out"))
+        params: dict[str, Any] = {}
         for number, layer in enumerate(self.layers[1:], 1):
             spec = layer.append(spec, params, f"layer{number}", spec.last, exact)
         return spec, params

@@ -179,7 +179,7 @@ class Spec:
         if len(shape) != 3 or window is None or len(window) != 2 or shape[0] % window[0] or shape[1] % window[1]:
             raise ValueError(f"{name}: window is {window}, expected one that divides [H, W, C] = {shape}")
         size = (shape[0] // window[0], shape[1] // window[1], shape[2])
-        return self._with(Node(name, "mean", (source,), size, out, kernel=tuple(window)))
+        return self._with(Node(name, "mean", (source,), size, out, kernel=(window[0], window[1])))
 
     def weight_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """What `int_forward` and `export_hls` expect as parameters."""
