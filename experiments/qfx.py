@@ -96,7 +96,7 @@ def one_model(config: QFXConfig, session: Session, number: int, data: Any) -> Ge
     total = len(config.words) + 1
     yield Progress(name, 0, total, f"{name}: float")
     first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)  # noqa: E731
-    half = first(fit(models.initial(name, word, seeds, image, classes), jnp.zeros(1), x, y, keys))
+    half = first(fit(models.initial(name, word, keys, image, classes), jnp.zeros(1), x, y, keys))
     whole = first(more(half, jnp.zeros(1), x, y, again))
     found: dict[str, Any] = {"float": models.accuracy(models.evaluator(plain)(whole, tx), ty), "words": {}}
     batch = x[: min(len(x), 256)]
@@ -212,9 +212,9 @@ def compare(config: QFXConfig, found: Mapping[str, Any]) -> Comparison:
         tables=tuple(tables),
         figures=tuple(figures),
         notes=(
-            "Every tensor is quantised, with one binary point each; sums before normalisation have 2 bits more, logits 4.",
-            f"Learned points stay within {models.CLAMP:g} of where calibration put them; without, 2 bits diverge.",
-            "The paper's own training rule for binary points, and its choice of integers with K ones, are not published.",
+            "Every tensor is quantised, with a point each; sums before normalisation have 2 bits more, logits 4.",
+            f"Learned points stay within {models.CLAMP:g} of where calibration put them.",
+            "How the paper trains points and chooses integers with K ones is not published; both are reconstructed.",
         ),
     )
 
@@ -256,7 +256,7 @@ def _headline(found: Mapping[str, Any], wrong: int) -> str:
 EXPERIMENT = Experiment(
     name="qfx",
     method="qfx",
-    claim="learned binary points keep accuracy at fewer bits than quantisation after training; software equals hardware",
+    claim="learned binary points keep accuracy at fewer bits than quantisation after training, bits equal",
     config=QFXConfig,
     presets={
         "quick": QFXConfig(seeds=3),

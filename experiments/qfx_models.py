@@ -98,14 +98,14 @@ def graph(name: str, word: int, hot: int | None, mode: str, image: tuple[int, in
     return nnx.split(model, BinaryPoint, nnx.Param, ...)[0]
 
 
-def initial(name: str, word: int, seeds: Any, image: tuple[int, int, int], classes: int) -> Any:
+def initial(name: str, word: int, keys: Any, image: tuple[int, int, int], classes: int) -> Any:
     """Numbers of all seeds: points, parameters and statistics, stacked."""
 
-    def one(seed: Any) -> Any:
-        model = MODELS[name](word, None, nnx.Rngs(seed), image, classes)
+    def one(key: Any) -> Any:
+        model = MODELS[name](word, None, nnx.Rngs(key), image, classes)
         return nnx.split(model, BinaryPoint, nnx.Param, ...)[1:]
 
-    return jax.jit(jax.vmap(one))(seeds)
+    return jax.jit(jax.vmap(one))(keys)
 
 
 @functools.cache
@@ -122,7 +122,7 @@ def trainer(definition: Any, steps: int, batch: int, rate: float) -> Any:
             rows = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, len(x))
 
             def loss(points: Any, params: Any) -> Any:
-                model = nnx.merge(definition, points, params, rest)
+                model = nnx.merge(definition, points, params, rest, copy=True)
                 logits = model(x[rows], train=True)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean(), nnx.split(
                     model, BinaryPoint, nnx.Param, ...
@@ -145,7 +145,7 @@ def trainer(definition: Any, steps: int, batch: int, rate: float) -> Any:
 @functools.cache
 def evaluator(definition: Any) -> Any:
     """A compiled ``(numbers [N], x) -> logits [N, rows, classes]`` with running statistics."""
-    return jax.jit(jax.vmap(lambda numbers, x: nnx.merge(definition, *numbers)(x), (0, None)))
+    return jax.jit(jax.vmap(lambda numbers, x: nnx.merge(definition, *numbers, copy=True)(x), (0, None)))
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def calibrator(definition: Any, method: str) -> Any:
     """A compiled ``(numbers [S], x) -> numbers [S]`` that takes all points from one batch."""
 
     def one(numbers: Any, x: Any) -> Any:
-        model = nnx.merge(definition, *numbers)
+        model = nnx.merge(definition, *numbers, copy=True)
         calibrate_layers(model, x, method=method)
         return nnx.split(model, BinaryPoint, nnx.Param, ...)[1:]
 
@@ -171,7 +171,7 @@ def in_hardware(definition: Any, numbers: Any, x: Any, logits: Any, hot: int | N
     Without few ones, a weight that is neither 0 nor a power of two is counted as a multiplier (a DSP block), and each
     sum as an adder; with few ones multipliers are shifts and adders.
     """
-    model = nnx.merge(definition, *numbers)
+    model = nnx.merge(definition, *numbers, copy=True)
     spec, params = model.freeze(x.shape[1:], exact=False)
     raw = int_forward(spec, params, to_int(x, spec.fmt))
     wrong = int(jnp.sum(from_int(raw, spec.nodes[-1].out) != logits))

@@ -94,7 +94,7 @@ def test_training_moves_weights_points_and_statistics(calibrated):
     @jax.jit
     def step(points, params, rest):
         def loss(points, params):
-            model = nnx.merge(graph, points, params, rest)
+            model = nnx.merge(graph, points, params, rest, copy=True)
             logits = model(X, train=True)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), nnx.state(model)
 
