@@ -6,6 +6,7 @@ rows, as the reference does.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -200,8 +201,8 @@ def time_trees(config: GBRLConfig) -> list[dict[str, Any]]:
         state = gbrl_init(columns, outputs, capacity=1)
         step = jax.jit(gbrl_step)
         calls: dict[str, Callable[[], Any]] = {
-            "histograms": lambda step=step, a=(state, obs, gradients): step(*a),
-            "passes": lambda a=(obs, gradients): passes_over_rows(*a, n_bins=250, max_depth=4),
+            "histograms": functools.partial(step, state, obs, gradients),
+            "passes": functools.partial(passes_over_rows, obs, gradients, n_bins=250, max_depth=4),
         }
         grown = step(state, obs, gradients).trees.feature[0]
         if not np.array_equal(grown, passes_over_rows(obs, gradients, n_bins=250, max_depth=4)[0]):

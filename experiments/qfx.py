@@ -44,8 +44,8 @@ class QFXConfig(Config):
     """Rows in a step."""
     rate: float = 3e-3
     """Adam's learning rate for weights in float training; a third of it in fine-tuning."""
-    point_rate: float = 0.5
-    """Learning rate of binary points, by gradient descent with scaled gradients."""
+    point_rate: float = 1e-2
+    """Adam's learning rate for binary points, decayed to 0 as that for weights."""
     checked_rows: int = 64
     """Test rows whose outputs are compared with integers' and with the float emulation's, first seed."""
 

@@ -113,12 +113,13 @@ def trainer(definition: Any, steps: int, batch: int, rate: float) -> Any:
     """A compiled ``(numbers [S], point rates [A], x, y, keys [S]) -> numbers [S, A]``; a rate of 0 keeps points."""
     cosine = optax.cosine_decay_schedule(1.0, steps)
     tx = optax.adam(lambda t: rate * cosine(t))
+    point_tx = optax.scale_by_adam()
 
     def fit(numbers: Any, point_rate: Any, x: Any, y: Any, key: Any) -> Any:
         start, params, rest = numbers
 
         def step(carry: Any, t: Any) -> Any:
-            points, params, rest, state = carry
+            points, params, rest, state, point_state = carry
             rows = jax.random.randint(jax.random.fold_in(key, t), (batch,), 0, len(x))
 
             def loss(points: Any, params: Any) -> Any:
@@ -130,12 +131,14 @@ def trainer(definition: Any, steps: int, batch: int, rate: float) -> Any:
 
             slopes, rest = jax.grad(loss, (0, 1), has_aux=True)(points, params)
             updates, state = tx.update(slopes[1], state, params)
+            steps_of_points, point_state = point_tx.update(slopes[0], point_state)
             moved = jax.tree.map(
-                lambda f, g, s: jnp.clip(f - point_rate * cosine(t) * g, s - CLAMP, s + CLAMP), points, slopes[0], start
-            )
-            return (moved, optax.apply_updates(params, updates), rest, state), None
+                lambda f, d, s: jnp.clip(f - point_rate * cosine(t) * d, s - CLAMP, s + CLAMP),
+                points, steps_of_points, start,
+            )  # fmt: skip
+            return (moved, optax.apply_updates(params, updates), rest, state, point_state), None
 
-        carry = (start, params, rest, tx.init(params))
+        carry = (start, params, rest, tx.init(params), point_tx.init(start))
         return jax.lax.scan(step, carry, jnp.arange(steps))[0][:3]
 
     by_rate = jax.vmap(fit, (None, 0, None, None, None))

@@ -160,6 +160,8 @@ METHODS: tuple[Method, ...] = (
         family="caching",
         module="jaxaccel.caching.harmonica",
         cheaper="diffusion sampling: a learned table reuses block outputs of earlier steps",
+        status="done",
+        experiments=("harmonica",),
     ),
     Method(
         slug="efficient_vla",

@@ -364,9 +364,7 @@ def begin(
     memory = None
     if agent.buffer:
         shape = (agent.buffer, agent.steps, agent.envs)
-        action = (
-            jnp.zeros(shape, jnp.int32) if isinstance(policy, Categorical) else jnp.zeros((*shape, policy.outputs))
-        )
+        action = jnp.zeros(shape, jnp.int32) if isinstance(policy, Categorical) else jnp.zeros((*shape, policy.outputs))
         columns, flags = jnp.zeros((*shape, obs.shape[1])), jnp.zeros(shape, bool)
         memory = Rollout(columns, action, jnp.zeros(shape), jnp.zeros(shape), columns, flags, flags, flags)
     spread = optax.adam(agent.log_std_rate).init(log_std)
