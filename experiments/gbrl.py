@@ -23,7 +23,8 @@ from experiments.runner.api import Comparison, Config, Experiment, Figure, Progr
 from experiments.runner.session import Session
 from experiments.runner.sweep import spread
 from jaxaccel.boosting.gbrl import gbrl_init, gbrl_step
-from jaxaccel.boosting.gbrl_agents import PPO, TreeActorCritic, agent_init, train_step
+from jaxaccel.boosting.gbrl_actor_critic import TreeActorCritic
+from jaxaccel.boosting.gbrl_agents import PPO, agent_init, train_step
 from jaxaccel.boosting.gbrl_gymnasium import gbrl_gymnasium
 
 ARMS = ("GBRL", "network")
@@ -302,7 +303,7 @@ def _row(name: str, part: Mapping[str, Any], steps: int, agent: PPO) -> dict[str
         "method": "gbrl",
         "method_config": {"rate": part[ARMS[0]]["rate"], "baseline_rate": part[ARMS[1]]["rate"]},
         "baseline": "network with Adam",
-        "task": {"kind": "reinforcement", "name": name, "metric": "return", "higher_is_better": True},
+        "task": {"kind": "training", "name": name, "metric": "return", "higher_is_better": True},
         "model": {"family": "actor-critic", "params": None},
         "workload": {"batch": agent.batch_size, "steps": steps, "seeds": len(trees)},
         "cost_kind": "wall",

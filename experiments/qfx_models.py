@@ -125,9 +125,8 @@ def trainer(definition: Any, steps: int, batch: int, rate: float) -> Any:
             def loss(points: Any, params: Any) -> Any:
                 model = nnx.merge(definition, points, params, rest, copy=True)
                 logits = model(x[rows], train=True)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean(), nnx.split(
-                    model, BinaryPoint, nnx.Param, ...
-                )[3]
+                parts: Any = nnx.split(model, BinaryPoint, nnx.Param, ...)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean(), parts[3]
 
             slopes, rest = jax.grad(loss, (0, 1), has_aux=True)(points, params)
             updates, state = tx.update(slopes[1], state, params)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxaccel.boosting.gbrl import GBRLState, _integer, _predict, _scales, _step, gbrl_predict
+from jaxaccel.boosting.gbrl import GBRLState, _integer, _predict, _step, gbrl_predict, learning_rates
 from jaxaccel.boosting.trees import fit_bins, tree_leaves
 from jaxaccel.boosting.trees.bins import check_table
 
@@ -151,7 +151,7 @@ def _kept(state: GBRLState, keep: Any, select: Any, contribution: np.ndarray) ->
 
 def _renumbered(state: GBRLState, kept: np.ndarray, values: Array, bias: Array, capacity: int | None) -> GBRLState:
     """Those trees alone, whose leaves add ``values [K, L, O]`` times −1: rates of their new numbers are divided out."""
-    rate = _scales(state)[: len(kept)]
+    rate = learning_rates(state)[: len(kept)]
     if not bool((rate != 0).all()):
         raise ValueError("a learning rate is 0, expected others: leaves cannot carry what must be added")
     trees = jax.tree.map(lambda a: a[kept], state.trees)._replace(leaf_value=values / rate[:, None])
@@ -209,7 +209,7 @@ def gbrl_compress(
     obs = jnp.asarray(obs, jnp.float32)
     trees = jax.tree.map(lambda a: a[:grown], state.trees)
     leaf = tree_leaves(trees, obs)
-    added = trees.leaf_value * _scales(state)[:grown, None]  # [T, L, O]
+    added = trees.leaf_value * learning_rates(state)[:grown, None]  # [T, L, O]
     moves = jax.lax.map(lambda p: jnp.mean((p[0][p[1]] - p[0][p[1]].mean(0)) ** 2), (added, leaf))
     kept = _kept(state, keep, select, np.asarray(moves))
     before, values, bias = gbrl_predict(state, obs), added[kept], state.bias
@@ -254,7 +254,7 @@ def gbrl_merge(state: GBRLState, *, capacity: Any = None) -> GBRLState:
     feature, threshold, kind = (np.asarray(a[:grown]) for a in state.trees[:3])
     same = np.concatenate([feature, threshold.view(np.int32), kind], 1)
     _, kept, group = np.unique(same, axis=0, return_index=True, return_inverse=True)
-    added = state.trees.leaf_value[:grown] * _scales(state)[:grown, None]
+    added = state.trees.leaf_value[:grown] * learning_rates(state)[:grown, None]
     values = jax.ops.segment_sum(added, jnp.asarray(group.reshape(-1)), num_segments=len(kept))
     order = np.argsort(kept)
     return _renumbered(state, kept[order], values[order], state.bias, capacity)

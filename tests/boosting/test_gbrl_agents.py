@@ -11,7 +11,8 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxaccel.boosting import gbrl_losses as losses
-from jaxaccel.boosting.gbrl_agents import A2C, AWR, PPO, TreeActorCritic, agent_init, train_step
+from jaxaccel.boosting.gbrl_actor_critic import TreeActorCritic
+from jaxaccel.boosting.gbrl_agents import A2C, AWR, PPO, agent_init, train_step
 from jaxaccel.boosting.gbrl_gymnasium import CategoryEncoder, gbrl_gymnasium
 from jaxaccel.boosting.gbrl_losses import Batch, Categorical, Gaussian, UnsupportedActionSpaceError, gae, row_gradients
 
@@ -148,7 +149,7 @@ def follow(env, model, agent, steps):
 def test_ppo_learns_inside_jit_and_what_it_keeps_up_to_date_is_what_trees_say():
     env, model, agent = Bandit(), trees(), PPO(envs=8, steps=8, batch_size=16, epochs=2)
     state, returns = follow(env, model, agent, 12)
-    assert returns[0] < 3 < 3.5 < returns[-1] <= 4
+    assert returns[0] < 2.6 < 3 < np.mean(returns[-4:]) <= 4  # chance gives 2; of 64 episodes
     assert int(state.params[0].n_trees) == 12 * agent.updates_per_step
     obs = jnp.asarray(RNG.uniform(-1, 1, (64, 2)), jnp.float32)
     gradients = jnp.asarray(RNG.normal(size=(64, 3)), jnp.float32)

@@ -274,7 +274,8 @@ class QBatchNorm(QLayer):
 
     def __init__(
         self, features: int, *, word: int, out_word: int | None = None, momentum: float | Any = 0.9,
-        eps: float | Any = 1e-5, hot: int | None = None, rounding: str = "rnd", overflow: str = "sat", grad_scale: str = "lsq",
+        eps: float | Any = 1e-5, hot: int | None = None, rounding: str = "rnd", overflow: str = "sat",
+        grad_scale: str = "lsq",
     ) -> None:  # fmt: skip
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, expected a number in [0, 1)")
