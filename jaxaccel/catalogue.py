@@ -206,6 +206,8 @@ METHODS: tuple[Method, ...] = (
         family="compression",
         module="jaxaccel.compression.fixed_point",
         cheaper="inference on FPGAs: fixed-point arithmetic with learned binary points, weights without multipliers",
+        status="done",
+        experiments=("qfx",),
     ),
     Method(
         slug="continual",

@@ -66,6 +66,7 @@ def test_the_methods_that_are_done():
         "geb": ("geb",),
         "blockffn": ("blockffn",),
         "learn2pd": ("learn2pd",),
+        "qfx": ("qfx",),
         "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)
