@@ -331,6 +331,8 @@ METHODS: tuple[Method, ...] = (
         family="boosting",
         module="jaxaccel.boosting.gbrl",
         cheaper="RL on tabular observations: boosted trees as policy and value, with a cheap histogram tree builder",
+        status="done",
+        experiments=("gbrl",),
     ),
     Method(
         slug="gbnn",

@@ -67,6 +67,7 @@ def test_the_methods_that_are_done():
         "blockffn": ("blockffn",),
         "learn2pd": ("learn2pd",),
         "qfx": ("qfx",),
+        "gbrl": ("gbrl",),
         "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)
