@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     attention,
     block_ffn_decoding,
     diffusion,
+    diffusion_cache,
     discovery,
     expert_ffn,
     generation,
@@ -42,6 +43,8 @@ def small(monkeypatch, task):
         monkeypatch.setattr(generation, name, value)
     monkeypatch.setattr(expert_ffn, "SIZES", ((32, 6, 8),))
     monkeypatch.setattr(expert_ffn, "ACTIVE", ((1, 2), (3, 4)))
+    for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():
+        monkeypatch.setattr(diffusion_cache, name, value)
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
     monkeypatch.setattr(generation, "load_pretrained", tiny_model)

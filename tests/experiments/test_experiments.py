@@ -70,6 +70,43 @@ SMALLEST = {
         *("--rates", "0.1", "--adam-rates", "0.01", "--penalties", "0.01", "--inner-steps", "3", "--epochs", "16"),
         *("--lbfgs-steps", "16", "--repeats", "3"),
     ],
+    "harmonica": [
+        *(
+            "--width",
+            "8",
+            "--depth",
+            "1",
+            "--heads",
+            "2",
+            "--train-steps",
+            "2",
+            "--train-batch",
+            "2",
+            "--num-steps",
+            "3",
+        ),
+        *(
+            "--betas",
+            "1e-6",
+            "--betas-equal",
+            "1e-3",
+            "--router-epochs",
+            "2",
+            "--router-batch",
+            "2",
+            "--intervals",
+            "2",
+        ),
+        *("--fewer-steps", "2", "--random-shares", "0.3", "--samples", "4", "--timed-batch", "2", "--repeats", "3"),
+    ],
+    "qfx": [
+        *("--models", "mlp", "--words", "4", "--hot", "1", "--hot-words", "4", "--steps", "3", "--batch-size", "4"),
+        *("--checked-rows", "4"),
+    ],
+    "gbrl": [
+        *("--tasks", "key_door", "--steps", "1024", "--tree-rates", "1.0", "--network-rates", "0.001"),
+        *("--sizes", "64", "2", "3", "--repeats", "3"),
+    ],
     "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
 }
 
