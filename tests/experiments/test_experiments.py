@@ -99,6 +99,11 @@ SMALLEST = {
         ),
         *("--fewer-steps", "2", "--random-shares", "0.3", "--samples", "4", "--timed-batch", "2", "--repeats", "3"),
     ],
+    "efficient_vla": [
+        *("--layers", "3", "--width", "8", "--head-depth", "1", "--head-width", "12", "--window", "2", "--steps", "4"),
+        *("--batch", "2", "--draws", "1", "--boards", "2", "--calibration", "2", "--drops", "1", "--tokens", "6"),
+        *("--intervals", "2", "--together", "1", "6", "2", "--repeats", "3", "--language-model", ""),
+    ],
     "qfx": [
         *("--models", "mlp", "--words", "4", "--hot", "1", "--hot-words", "4", "--steps", "3", "--batch-size", "4"),
         *("--checked-rows", "4"),
