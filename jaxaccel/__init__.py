@@ -12,6 +12,7 @@ Each family of methods is a subpackage, loaded when it is first used:
 - `jaxaccel.posttraining`: losses and adapters of what comes after pretraining.
 - `jaxaccel.forecasting`: what a computation will cost, and what it will give, before it is paid for.
 - `jaxaccel.robustness`: attacks, and training against them.
+- `jaxaccel.diffusion`: noise schedules, DDIM and guidance, which methods on diffusion models share.
 - `jaxaccel.models`: reference networks that the methods are shown on.
 - `jaxaccel.catalogue`: the list of methods, their papers and their state.
 - `jaxaccel.records`: the store of measured comparisons.
@@ -29,6 +30,7 @@ __all__ = [
     "catalogue",
     "compression",
     "decoding",
+    "diffusion",
     "forecasting",
     "models",
     "moe",

@@ -75,7 +75,7 @@ def test_lower_bounds_are_those_that_are_tested():
     direct, _, indirect = (REQUIREMENTS / "lowest.txt").read_text().partition("\n\n")
     assert indirect
     lowest = pins(direct)
-    for requirement in declared("experiments", "tests"):
+    for requirement in declared("experiments", "models", "tests"):
         (bound,) = requirement.specifier
         assert bound.operator == ">="
         assert lowest.pop(requirement.name) == Version(bound.version), requirement

@@ -60,7 +60,18 @@ def shown_modules(page):
 
 @pytest.mark.parametrize(
     "family",
-    ["optim", "attention", "decoding", "caching", "compression", "posttraining", "forecasting", "robustness", "models"],
+    [
+        "optim",
+        "attention",
+        "decoding",
+        "caching",
+        "compression",
+        "posttraining",
+        "forecasting",
+        "robustness",
+        "diffusion",
+        "models",
+    ],
 )
 def test_the_api_pages_show_every_public_function(family):
     # A page shows the modules that its directives name. Naming the family would not do: where a module and a function

@@ -14,6 +14,18 @@ from jaxaccel.models.decoder import (
 )
 from jaxaccel.models.decoder_config import BlockFFNConfig, DecoderConfig, RopeScaling
 from jaxaccel.models.decoder_ffn import expert_union
+from jaxaccel.models.dit import (
+    DiT,
+    Modulation,
+    dit_apply,
+    dit_denoiser,
+    dit_forward,
+    dit_modulation,
+    init_dit,
+    stack_blocks,
+)
+from jaxaccel.models.dit_config import DiTConfig
+from jaxaccel.models.dit_weights import dit_from_safetensors, dit_params_from_names, load_dit
 from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
 from jaxaccel.models.generation import Generation, generate, prepare
 from jaxaccel.models.kv_cache import BlockTopK, KVCache, NewTokens, append, empty_cache, rewind
@@ -30,12 +42,15 @@ __all__ = [
     "CharLM",
     "Decoder",
     "DecoderConfig",
+    "DiT",
+    "DiTConfig",
     "DraftDecoder",
     "Drafts",
     "Forward",
     "Generation",
     "KVCache",
     "Lookup",
+    "Modulation",
     "NewTokens",
     "ResNet18",
     "RopeScaling",
@@ -45,17 +60,26 @@ __all__ = [
     "append",
     "decoder_forward",
     "decoder_logits",
+    "dit_apply",
+    "dit_denoiser",
+    "dit_forward",
+    "dit_from_safetensors",
+    "dit_modulation",
+    "dit_params_from_names",
     "empty_cache",
     "expert_union",
     "fuse",
     "generate",
+    "init_dit",
     "init_params",
+    "load_dit",
     "load_pretrained",
     "new_cache",
     "pad_prompts",
     "prefill",
     "prepare",
     "rewind",
+    "stack_blocks",
     "stack_layers",
     "unstack_layers",
 ]

@@ -9,8 +9,11 @@ When to use it: to grow trees, or for any sums by two integer keys. When not: fo
 
 Only the features of the call are summed: a caller with many features passes a few at a time and keeps what it needs.
 Rows whose node is not 0 to ``n_nodes − 1`` are left out, as are bins that do not exist. Sums are in float32 (float64 of
-float64), in the order of rows on CPU; on GPUs atomic additions come in any order, and sums differ from run to run in
-their last bits. There are no gradients: asking for one raises.
+float64), in the order of rows on CPU. The Pallas kernels sum by products with zeros and ones (see `pieces`): they give
+the same bits at every call, where a GPU's atomic additions do not, and a NaN among the statistics of a node spoils all
+bins of that node. There are no gradients: asking for one raises.
+
+Over several devices: shard rows; the Pallas kernels need `jax.shard_map` and a sum of what the devices found.
 
 Ke et al., LightGBM, NeurIPS 2017; Chen and Guestrin, XGBoost, 2016, arXiv 1603.02754.
 """
@@ -24,13 +27,13 @@ from jax import Array
 from jaxtyping import Shaped
 
 from kernels_pallas.dispatch import resolve_implementation
-from kernels_pallas.node_histogram import xla
+from kernels_pallas.node_histogram import gpu, tpu, xla
 
 __all__ = ["node_histogram"]
 
-AVAILABLE = {"xla": ("cpu", "gpu", "tpu")}
+AVAILABLE = {"xla": ("cpu", "gpu", "tpu"), "pallas_tpu": ("tpu",), "pallas_gpu": ("gpu",)}
 """Implementations and the platforms that they run on."""
-RUN = {"xla": xla.histogram}
+RUN = {"xla": xla.histogram, "pallas_tpu": tpu.histogram, "pallas_gpu": gpu.histogram}
 
 
 def _check(bins: Array, node: Array, stats: Array, n_nodes: Any, n_bins: Any) -> None:
@@ -100,5 +103,7 @@ def node_histogram(
     [[1.0, 2.0], [0.0, 4.0]]
     """
     _check(bins, node, stats, n_nodes, n_bins)
-    name = resolve_implementation(implementation, AVAILABLE)
+    kernels = (("pallas_tpu", tpu), ("pallas_gpu", gpu))
+    refusals = {name: module.refusal(stats, n_nodes, n_bins) for name, module in kernels}
+    name = resolve_implementation(implementation, AVAILABLE, refusals=refusals)
     return _op(name, n_nodes, n_bins, False)(bins, node.astype(jnp.int32), stats)

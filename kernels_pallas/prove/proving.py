@@ -164,6 +164,16 @@ def _environment(family: str, dump: pathlib.Path) -> dict[str, str]:
     return environment
 
 
+def _answers(text: str) -> list[dict[str, Any]]:
+    r"""What the worker has written so far; a line that it is still writing comes the next time.
+
+    >>> _answers('{"id": "a"}\\n{"id": "b"}\\n{"id": "c')
+    [{'id': 'a'}, {'id': 'b'}]
+    """
+    *complete, _ = text.split("\n")
+    return [json.loads(line) for line in complete]
+
+
 def _compile(
     family: str, tasks: dict[str, dict[str, Any]], folder: pathlib.Path, timeout: float,
     on_result: Callable[[dict[str, Any]], None],
@@ -189,10 +199,9 @@ def _compile(
             )
             while True:
                 ended = process.poll() is not None
-                lines = results.read_text().splitlines()
-                for line in lines[answered:]:
-                    on_result(json.loads(line))
-                    waiting.pop(json.loads(line)["id"])
+                for answer in _answers(results.read_text())[answered:]:
+                    on_result(answer)
+                    waiting.pop(answer["id"])
                     answered, limit = answered + 1, time.monotonic() + timeout
                 if ended or time.monotonic() > limit:
                     break

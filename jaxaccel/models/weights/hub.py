@@ -49,11 +49,13 @@ def is_complete(folder: pathlib.Path) -> bool:
     """
     if not (folder / "config.json").is_file():
         return False
-    if (folder / "model.safetensors").is_file():
-        return True
-    if not (folder / INDEX).is_file():
-        return False
-    return all((folder / name).is_file() for name in shard_names(folder / INDEX))
+    for prefix in ("", "diffusion_pytorch_"):  # as transformers and as diffusers save
+        if (folder / f"{prefix}model.safetensors").is_file():
+            return True
+        index = folder / f"{prefix}{INDEX}"
+        if index.is_file():
+            return all((folder / name).is_file() for name in shard_names(index))
+    return False
 
 
 def hub_snapshot(
@@ -64,6 +66,7 @@ def hub_snapshot(
     progress: Progress | None = None,
     offline: bool = False,
     endpoint: str | None = None,
+    subfolder: str = "",
 ) -> pathlib.Path | None:
     """Find a model's files on this machine, or fetch them from the hub.
 
@@ -77,18 +80,20 @@ def hub_snapshot(
         progress: called with the repository, bytes done, bytes in total; both grow as files are begun.
         offline: do not fetch.
         endpoint: another address than the hub's.
+        subfolder: fetch only this folder of the repository, one model of several.
 
     Returns:
-        The folder; ``None`` only if ``offline`` and there is none.
+        The folder, or its ``subfolder``; ``None`` only if ``offline`` and there is none.
 
     Raises:
         WeightsError: if the hub cannot be reached or refuses, or the model has no safetensors.
         ImportError: without the package ``huggingface_hub``.
     """
     hub = optional_module("huggingface_hub", "The Hugging Face hub")
-    where = {"revision": revision, "cache_dir": str(cache), "allow_patterns": list(PATTERNS), "endpoint": endpoint}
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in PATTERNS]
+    where = {"revision": revision, "cache_dir": str(cache), "allow_patterns": patterns, "endpoint": endpoint}
     try:
-        found = pathlib.Path(hub.snapshot_download(repository, local_files_only=True, **where))
+        found = pathlib.Path(hub.snapshot_download(repository, local_files_only=True, **where)) / subfolder
         if is_complete(found):
             return found
     except OSError:  # LocalEntryNotFoundError: nothing here yet
@@ -98,12 +103,19 @@ def hub_snapshot(
     if offline:
         return None
     try:
-        folder = pathlib.Path(
-            hub.snapshot_download(repository, etag_timeout=_TIMEOUT, tqdm_class=_relay(repository, progress), **where)
+        snapshot = hub.snapshot_download(
+            repository, etag_timeout=_TIMEOUT, tqdm_class=_relay(repository, progress), **where
         )
+        folder = pathlib.Path(snapshot) / subfolder
     except Exception as error:  # the transport's own kinds differ between versions of huggingface_hub
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(f"the hub did not give {repository}: {type(error).__name__}: {reason[0]}") from error
+    if not is_complete(folder) and subfolder:
+        raise WeightsError(
+            f"{repository} has no config.json with complete safetensors in {subfolder}/ at revision "
+            f"{revision or 'main'}; if it only has .bin files, convert it with diffusers: "
+            "DiffusionPipeline.from_pretrained(name).save_pretrained(folder), then load the folder"
+        )
     if not is_complete(folder):
         raise WeightsError(
             f"{repository} has no config.json with complete safetensors at revision {revision or 'main'}; "

@@ -17,6 +17,13 @@ def test_the_compilers_accept_every_kernel(op):
 
 
 def test_every_op_is_proven_for_both_families():
-    assert set(find_ops()) == {"local_linear_attention", "block_topk_attention", "expert_ffn", "lm_head_confidence"}
+    assert set(find_ops()) == {
+        "local_linear_attention",
+        "block_topk_attention",
+        "expert_ffn",
+        "lm_head_confidence",
+        "modulated_residual",
+        "node_histogram",
+    }
     for op in find_ops():
         assert {case.family for case in find_cases(op)} == {"tpu", "gpu"}
