@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxaccel.boosting.losses import (
@@ -24,7 +25,7 @@ from jaxaccel.boosting.losses import (
     residuals,
 )
 from jaxaccel.boosting.trees.bins import Bins, apply_bins
-from jaxaccel.boosting.trees.growing import Tree, grow_tree
+from jaxaccel.boosting.trees.growing import Tree, check_depth, grow_tree
 from jaxaccel.boosting.trees.predicting import predict_trees
 
 
@@ -72,7 +73,8 @@ def boosted_fit(
         key: of what is drawn.
 
     Raises:
-        ValueError: for settings out of range, targets and weights that are not finite, labels of one class.
+        ValueError: for settings out of range, targets and weights that are not finite, labels of one class,
+            and losses that stop being finite (which cannot be seen under ``jit``).
 
     Example:
         >>> from jaxaccel.boosting.trees import fit_bins
@@ -84,7 +86,7 @@ def boosted_fit(
     """
     if isinstance(n_trees, bool) or not isinstance(n_trees, int) or n_trees < 1:
         raise ValueError(f"n_trees is {n_trees!r}, expected an integer of at least 1")
-    if not 0 < learning_rate < float("inf"):
+    if not _traced(learning_rate) and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate}, expected above 0")
     if not 0 < subsample <= 1:
         raise ValueError(f"subsample is {subsample}, expected above 0 and at most 1")
@@ -98,10 +100,22 @@ def boosted_fit(
         raise ValueError(f"y has {targets.shape[0]} rows, expected {n} as x has")
     check_weight(sample_weight, n)
     weight = jnp.ones(n) if sample_weight is None else jnp.asarray(sample_weight, jnp.float32)
-    settings = (max_depth, float(reg_lambda), min_data_in_leaf, float(feature_fraction))
+    if loss in ("logistic", "softmax") and not _traced(weight) and not _traced(y):
+        left = np.unique(np.asarray(y)[np.asarray(weight) > 0])
+        if len(left) < 2:
+            raise ValueError(f"y must hold at least two classes among rows of positive weight, got {left.tolist()}")
+    # Kinds are kept apart: a depth of 2.0 must not find the program of 2.
+    settings = (check_depth(max_depth), float(reg_lambda), float(min_data_in_leaf), float(feature_fraction))
     key = jax.random.key(0) if key is None else key
-    return _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
-                subsample=float(subsample), settings=settings)  # fmt: skip
+    fit = _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
+               subsample=float(subsample), settings=settings)  # fmt: skip
+    if not _traced(fit.train_loss) and not np.isfinite(np.asarray(fit.train_loss)).all():
+        raise ValueError("the loss is not finite: gradients are NaN or infinite, or targets too large for float32")
+    return fit
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "n_trees", "subsample", "settings"))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxaccel.boosting.losses import check_weight
 from jaxaccel.boosting.trees.bins import Bins, apply_bins
-from jaxaccel.boosting.trees.growing import Tree, grow_tree
+from jaxaccel.boosting.trees.growing import Tree, check_depth, grow_tree
 from jaxaccel.boosting.trees.predicting import predict_trees
 
 
@@ -77,7 +77,7 @@ def forest_fit(
         raise ValueError("y must be finite, got NaN or infinity")
     check_weight(sample_weight, n)
     weight = jnp.ones(n) if sample_weight is None else jnp.asarray(sample_weight, jnp.float32)
-    settings = (max_depth, min_data_in_leaf, float(feature_fraction), bool(random_thresholds))
+    settings = (check_depth(max_depth), float(min_data_in_leaf), float(feature_fraction), bool(random_thresholds))
     return _fit(bins, binned, y, weight, key, n_trees=n_trees, bootstrap=bool(bootstrap), settings=settings)
 
 
