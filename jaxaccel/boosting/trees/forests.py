@@ -90,15 +90,18 @@ def _fit(
     n = len(weight)
     centre = weight @ y / weight.sum()
     y = y - centre
+    # Rows of no weight are neither drawn nor counted: as if they were not there.
+    present, size = jnp.argsort(weight <= 0, stable=True), jnp.sum(weight > 0)
 
     def one(sums: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Tree]:
         rows, nodes = jax.random.split(jax.random.fold_in(key, number))
         count = jnp.ones(n)
         if bootstrap:
-            count = jax.ops.segment_sum(count, jax.random.randint(rows, (n,), 0, n), num_segments=n)
-        drawn = (count * weight)[:, None]
+            drawn = present[jax.random.randint(rows, (n,), 0, size)]
+            count = jax.ops.segment_sum((jnp.arange(n) < size).astype(count.dtype), drawn, num_segments=n)
+        mass = (count * weight)[:, None]
         tree, leaf = grow_tree(
-            bins, binned, jnp.concatenate([drawn * y, drawn], 1), max_depth=depth, min_data_in_leaf=least,
+            bins, binned, jnp.concatenate([mass * y, mass], 1), max_depth=depth, min_data_in_leaf=least,
             count=jnp.where(weight > 0, count, 0), feature_fraction=fraction, random_thresholds=random, key=nodes,
         )  # fmt: skip
         out = (count == 0)[:, None]
