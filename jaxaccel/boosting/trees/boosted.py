@@ -154,6 +154,10 @@ def _fit(
 
 def boosted_predict(fit: BoostedTrees, x: Any, *, stop: Any = None) -> Float[Array, "n K"]:
     """Outputs F of the first ``stop`` rounds, all by default."""
-    x = jnp.asarray(x, jnp.float32)
+    return _predict(fit, jnp.asarray(x, jnp.float32), stop)
+
+
+@jax.jit
+def _predict(fit: BoostedTrees, x: Array, stop: Any) -> Array:
     values = jax.lax.map(lambda tree: predict_trees(tree, x, stop=stop)[:, 0], fit.trees)
     return fit.initial + values.T

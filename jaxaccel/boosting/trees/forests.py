@@ -115,5 +115,9 @@ def _fit(
 
 def forest_predict(forest: Forest, x: Any) -> Float[Array, "n O"]:
     """Mean of the trees: targets, or the probabilities of classes."""
-    total = predict_trees(forest.trees, jnp.asarray(x, jnp.float32))
-    return forest.centre + total / len(forest.trees.feature)
+    return _predict(forest.trees, forest.centre, jnp.asarray(x, jnp.float32))
+
+
+@jax.jit
+def _predict(trees: Tree, centre: Array, x: Array) -> Array:
+    return centre + predict_trees(trees, x) / len(trees.feature)
