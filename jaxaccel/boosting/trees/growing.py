@@ -51,6 +51,15 @@ def _groups(depth: int) -> list[tuple[int, int]]:
     return [(0, first - 1), *((a, min(a + 1, depth - 1)) for a in range(first, depth, 2))]
 
 
+def check_depth(depth: Any) -> int:
+    """The depth, if trees can have it."""
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"max_depth is {depth!r}, expected an integer")
+    if not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"max_depth is {depth}, expected 1 to {MAX_DEPTH}")
+    return depth
+
+
 def _check(bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: Any, fraction: Any) -> None:
     columns = bins.thresholds.shape[0]
     if jnp.ndim(binned) != 2 or len(binned) != columns or jnp.shape(binned)[1] < 1:
@@ -60,10 +69,7 @@ def _check(bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: A
         raise ValueError(f"stats has shape {jnp.shape(stats)}, expected [{rows}, K], K at least 2: sums and a weight")
     if count is not None and jnp.shape(count) != (rows,):
         raise ValueError(f"count has shape {jnp.shape(count)}, expected ({rows},)")
-    if isinstance(rules.max_depth, bool) or not isinstance(rules.max_depth, int):
-        raise TypeError(f"max_depth is {rules.max_depth!r}, expected an integer")
-    if not 1 <= rules.max_depth <= MAX_DEPTH:
-        raise ValueError(f"max_depth is {rules.max_depth}, expected 1 to {MAX_DEPTH}")
+    check_depth(rules.max_depth)
     if rules.policy not in POLICIES:
         raise ValueError(f"policy is {rules.policy!r}, expected one of {', '.join(POLICIES)}")
     if rules.score not in SCORES:
