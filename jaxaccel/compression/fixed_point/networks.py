@@ -64,6 +64,7 @@ class QSequential(nnx.Module):
         layers: `QLayer` modules; a `QInput` first in a whole network.
 
     Example:
+        >>> from jaxaccel.compression.fixed_point.layers import QBatchNorm, QDense
         >>> rngs = nnx.Rngs(0)
         >>> model = QSequential([QInput(word=4), QDense(4, 2, word=4, rngs=rngs), QBatchNorm(2, word=4)])
         >>> spec, params = model.freeze((4,))
