@@ -167,7 +167,7 @@ def _environment(family: str, dump: pathlib.Path) -> dict[str, str]:
 def _answers(text: str) -> list[dict[str, Any]]:
     r"""What the worker has written so far; a line that it is still writing comes the next time.
 
-    >>> _answers('{"id": "a"}\\n{"id": "b"}\\n{"id": "c')
+    >>> _answers('{"id": "a"}\n{"id": "b"}\n{"id": "c')
     [{'id': 'a'}, {'id': 'b'}]
     """
     *complete, _ = text.split("\n")
