@@ -142,7 +142,7 @@ def _train(config: EfficientVLAExperiment, session: Session) -> Generator[Progre
     chunk = config.steps // chunks
     init, advance = board.trainer(vla, config.batch, config.draws, config.rate, config.steps, chunk)
     params, state = init(keys)
-    losses = []
+    losses: list[float] = []
     for number in range(chunks):
         yield Progress("training", number * chunk, config.steps, f"loss {losses[-1]:.3f}" if losses else "")
         own = jax.vmap(lambda k, n=number: jax.random.split(jax.random.fold_in(k, 100 + n), chunk))(keys)
@@ -204,6 +204,7 @@ def language(config: EfficientVLAExperiment) -> list[list[float]]:
     model = load_pretrained(config.language_model)
     data = load_python_topics()
     words = "".join(data.alphabet[i] for i in data.train[:60_000])
+    assert model.tokenizer is not None, "the model comes with its tokenizer"
     ids = np.asarray(model.tokenizer.encode(words))[: 24 * 129].reshape(24, 129)
     params = jax.tree.map(jnp.asarray, model.params)
     stacked = stack_layers(params)
@@ -281,7 +282,9 @@ def compare(config: EfficientVLAExperiment, found: dict[str, Any]) -> Comparison
     """Tables, figures, rows and the headline."""
     success, seconds = found["success"], found["seconds"]
     whole = float(np.median(seconds[FULL]))
-    lines, rows, points = [], [], []
+    lines: list[tuple[str, str, float | None, float | None]] = []
+    rows: list[Any] = []
+    points: list[tuple[float, float, str]] = []
     for name, (part, _) in arms(config).items():
         mean = float(np.mean(success[name]))
         if name not in seconds:

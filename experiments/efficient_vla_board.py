@@ -96,8 +96,8 @@ def visual_tokens(encoder: Any, tiles: jax.Array) -> jax.Array:
     """Image tokens: a tile's features, and which row and column it is in, as encoders of images add it."""
     where = np.arange(SIDE**2)
     places = np.concatenate([np.eye(SIDE)[where // SIDE], np.eye(SIDE)[where % SIDE]], -1).astype(np.float32)
-    places = jnp.broadcast_to(jnp.asarray(places), (*tiles.shape[:-1], 2 * SIDE))
-    return jnp.concatenate([encode_tiles(encoder, tiles), places], -1)
+    known = jnp.broadcast_to(jnp.asarray(places), (*tiles.shape[:-1], 2 * SIDE))
+    return jnp.concatenate([encode_tiles(encoder, tiles), known], -1)
 
 
 def split_digits(seed: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

@@ -69,7 +69,7 @@ class HarmonicaConfig(Config):
     """Prices with measured λ."""
     betas_equal: tuple[float, ...] = (3e-4, 1e-3, 4e-3, 1.6e-2)
     """Prices with λ = 1."""
-    router_epochs: int = 80
+    router_epochs: int = 60
     """Trajectories that a table learns from."""
     router_batch: int = 4
     """Samples of a trajectory, each with and without its label."""
@@ -81,7 +81,7 @@ class HarmonicaConfig(Config):
     """Router steps between measurements of λ, T to a trajectory."""
     intervals: tuple[int, ...] = (2, 3, 4, 5)
     """Of uniform schedules."""
-    fewer_steps: tuple[int, ...] = (8, 7, 6, 5, 4, 3)
+    fewer_steps: tuple[int, ...] = (8, 6, 5, 4, 3)
     """Of DDIM, everything computed."""
     random_shares: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     """Shares of reused outputs of random schedules."""

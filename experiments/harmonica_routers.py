@@ -43,7 +43,8 @@ def train_routers(
         )  # fmt: skip
 
     # The epoch's number is shared: when λ is measured is then one decision, and not a selection of both outcomes.
-    axes: Any = HarmonicaState(0, 0, 0, None)
+    shared: Any = (0, 0, 0, None)
+    axes: Any = HarmonicaState(*shared)
 
     def one(state: Any, beta: Any, params: Any, noise: Any, cond: Any) -> Any:
         return training(beta).epoch(state, params, noise, cond)[0]

@@ -172,8 +172,6 @@ METHODS: tuple[Method, ...] = (
         family="caching",
         module="jaxaccel.caching.efficient_vla",
         cheaper="robot policies: drops layers and visual tokens and reuses denoising features, without training",
-        status="done",
-        experiments=("efficient_vla",),
     ),
     Method(
         slug="llm_acceleration",
@@ -206,8 +204,10 @@ METHODS: tuple[Method, ...] = (
         authors="Dai, Y. Zhang, J. Zhang, Hu, Cai, Sun, Z. Zhang",
         arxiv="2401.17544",
         family="compression",
-        module="jaxaccel.compression.qfx",
+        module="jaxaccel.compression.fixed_point",
         cheaper="inference on FPGAs: fixed-point arithmetic with learned binary points, weights without multipliers",
+        status="done",
+        experiments=("qfx",),
     ),
     Method(
         slug="continual",
@@ -331,6 +331,8 @@ METHODS: tuple[Method, ...] = (
         family="boosting",
         module="jaxaccel.boosting.gbrl",
         cheaper="RL on tabular observations: boosted trees as policy and value, with a cheap histogram tree builder",
+        status="done",
+        experiments=("gbrl",),
     ),
     Method(
         slug="gbnn",

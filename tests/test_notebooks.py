@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom and is committed with its outputs."""
 
+import os
 import pathlib
 
 import nbformat
@@ -17,7 +18,9 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the messaging libraries between here and the kernel
 def test_notebook_runs(path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    # As in the suite itself: notebooks wait for compilation most of the time. Theirs is one device.
+    level = os.environ.get("JAXACCEL_TEST_OPTIMIZE", "0")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level={level}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     committed = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -30,7 +30,7 @@ EPOCHS = 20
 """Of the table's training: enough that branches differ."""
 SHARES = (0.5, 0.65)
 """Reused shares that are timed."""
-QUICK = {"epochs": 80, "batch": 4, "steps": 1000, "train_batch": 64}
+QUICK = {"epochs": 60, "batch": 4, "steps": 1000, "train_batch": 64}
 """Of the experiment's quick preset: what training of the table and of the network take together."""
 
 

@@ -313,7 +313,7 @@ def gbrl_step(state: GBRLState, obs: Any, gradients: Any, *, bins: Bins | None =
     return _step(state, jnp.asarray(obs), jnp.asarray(gradients), bins)
 
 
-def _scales(state: GBRLState) -> Array:
+def learning_rates(state: GBRLState) -> Array:
     """Learning rates of every tree ``[capacity, O]``."""
     t = jnp.arange(state.capacity)
     columns = [
@@ -325,7 +325,7 @@ def _scales(state: GBRLState) -> Array:
 
 @jax.jit
 def _predict(state: GBRLState, obs: Array, start: Array, stop: Array) -> Array:
-    config, scale = state.config, _scales(state)
+    config, scale = state.config, learning_rates(state)
     obs = obs.astype(jnp.float32)
     adam = np.array([name == "adam" for name in config.optimizer])
     result = jnp.broadcast_to(state.bias, (len(obs), state.n_outputs))

@@ -10,10 +10,10 @@ on CPU.
 
 ``"static"`` is a loop on the host over jitted steps. The row is a static argument and the step's number is data, so
 that rows that are equal share one compiled step: compile time grows with the number of distinct rows, not with T. What
-a row reuses is not in its program at all. Entries of the cache that a step does not compute are handed on without a
-copy. Modulations that depend on time and label only are best worked out for all steps ahead and passed as ``cond``, as
-`jaxaccel.models.dit_modulation` does. Inside a ``jax.jit`` of the caller the loop is unrolled into that program, which then holds all T steps; leave the
-call outside where compile time matters.
+a row reuses is not in its program at all. The cache is handed on without a copy, as each step gives its own away.
+Inside a ``jax.jit`` of the caller the loop is unrolled into that program, which then holds all T steps; leave the call
+outside where compile time matters. Modulations that depend on time and label only are best worked out for all steps
+ahead and passed as ``cond``, see `jaxaccel.models.dit_modulation`.
 
 Source of the execution: Huang et al., HarmoniCa, arXiv 2410.01723, and Ma et al., Learning-to-Cache, arXiv 2406.01733.
 """

@@ -69,9 +69,7 @@ def _cosines(hidden_states: Any, mask: Any) -> tuple[Array, Array]:
     return mean, count > 0
 
 
-def accumulate_importance(
-    state: ImportanceState, hidden_states: Any, *, mask: Any = None
-) -> ImportanceState:
+def accumulate_importance(state: ImportanceState, hidden_states: Any, *, mask: Any = None) -> ImportanceState:
     """Add a batch of calibration samples.
 
     Args:

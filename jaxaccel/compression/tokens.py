@@ -21,9 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def token_relevance(
-    attention: Any, *, query_mask: Any = None, normalize: bool = True
-) -> Float[Array, "..."]:
+def token_relevance(attention: Any, *, query_mask: Any = None, normalize: bool = True) -> Float[Array, "..."]:
     """How much the words attend to each visual token.
 
     Args:

@@ -202,8 +202,8 @@ def _branches(block: Any, heads: int) -> tuple[Callable[[Array], Array], Callabl
 def _run_block(block: Any, x: Array, modulation: Array, choice: Sequence[Any], heads: int) -> tuple[Array, list[Array]]:
     """A block: the stream after it, and the outputs of its two branches.
 
-    ``choice`` is (cached outputs, weights, compute), which have two entries, or are ``None``. A flag that is a Python bool decides at
-    once; an array decides when the program runs.
+    ``choice`` is (cached outputs, weights, compute), which have two entries, or are ``None``. A flag that is a
+    Python bool decides at once; an array decides when the program runs.
     """
     cached, weights, compute = choice
     outputs = []

@@ -116,12 +116,15 @@ def head_params_from_names(
     missing = [name for name in names.values() if name not in found]
     # Written by CogACT's code, but never used by its network.
     unexpected = sorted(set(found) - set(names.values()) - {n for n in found if n.startswith("history_embedder.")})
-    wrong, integers = [], []
+    wrong: list[str] = []
+    integers: list[str] = []
     params: dict[str, Any] = {"blocks": [{} for _ in range(config.depth)]}
     for path, name in names.items():
         if name not in found:
             continue
-        value, shape, target = np.asarray(mapping[found[name]]), shapes, params
+        value = np.asarray(mapping[found[name]])
+        shape: Any = shapes
+        target: Any = params
         for part in path:
             shape = shape[part]
         for part in path[:-1]:

@@ -11,6 +11,8 @@ from jaxaccel.boosting.trees.growing import Tree
 
 CELLS = 2**16
 """Rows·trees of a chunk, about: few rows are passed through many trees at once, many rows through one."""
+LONGEST = 512
+"""Most trees of a chunk: room for trees that are not grown yet costs nothing beyond the last chunk."""
 Carry = TypeVar("Carry")
 
 
@@ -57,7 +59,7 @@ def fold_trees(
     """
     total, (n, _) = len(trees.feature), x.shape
     stop = total if stop is None else stop
-    size = max(1, min(total, CELLS // n))
+    size = max(1, min(total, CELLS // n, LONGEST))
     columns = x.T
 
     def body(turn: Array, carry: Carry) -> Carry:

