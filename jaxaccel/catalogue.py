@@ -172,6 +172,8 @@ METHODS: tuple[Method, ...] = (
         family="caching",
         module="jaxaccel.caching.efficient_vla",
         cheaper="robot policies: drops layers and visual tokens and reuses denoising features, without training",
+        status="done",
+        experiments=("efficient_vla",),
     ),
     Method(
         slug="llm_acceleration",

@@ -62,6 +62,7 @@ def test_the_methods_that_are_done():
         "local_linear_attention": ("local_linear_regression", "local_linear_in_context"),
         "kinetics": ("kinetics", "block_topk_recall", "block_topk_latency"),
         "harmonica": ("harmonica",),
+        "efficient_vla": ("efficient_vla",),
         "llm_acceleration": ("medusa", "snapkv_recall"),
         "geb": ("geb",),
         "blockffn": ("blockffn",),
