@@ -22,6 +22,7 @@ MODULES = (
     "block_ffn_decoding",
     "diffusion",
     "diffusion_cache",
+    "policy",
 )
 
 

@@ -21,9 +21,11 @@ from experiments.benchmarks import (
     generation,
     lm_head_confidence,
     optimizers,
+    policy,
     runner,
 )
-from jaxaccel.models import BlockFFNConfig, DecoderConfig, init_params
+from jaxaccel.caching import EfficientVLAConfig
+from jaxaccel.models import BlockFFNConfig, DecoderConfig, VLAConfig, init_params
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,12 @@ def small(monkeypatch, task):
     monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
     monkeypatch.setattr(generation, "load_pretrained", tiny_model)
     monkeypatch.setattr(lm_head_confidence, "CASES", ((2, 20, 4),))
+    tiny_policy = {"num_visual": 6, "visual_size": 5, "sample_steps": 2}
+    monkeypatch.setattr(policy, "policy_config", lambda: VLAConfig.tiny(**tiny_policy))
+    for name, value in {"TOKENS": 6, "WORDS": 2, "LAYERS": 3}.items():
+        monkeypatch.setattr(policy, name, value)
+    cuts = EfficientVLAConfig(num_drop_layers=1, num_keep_tokens=4, cache_interval=2)
+    monkeypatch.setattr(policy, "CUTS", {"all": cuts})
     experts = BlockFFNConfig(num_experts=8, expert_dim=4)
     monkeypatch.setattr(block_ffn_decoding, "CONFIG", DecoderConfig.tiny(num_layers=1, block_ffn=experts))
     for name, value in {"ACTIVE": 2, "PROMPT": 8, "NEW": 4, "BATCHES": (1,)}.items():
