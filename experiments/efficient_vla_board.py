@@ -48,13 +48,9 @@ def make_boards(key: jax.Array, digits: jax.Array, count: int) -> Boards:
     return Boards(tiles, place, text, goal)
 
 
-SCALE = 2.0
-"""Actions are way-points times this, about unit variance, as policies normalise theirs."""
-
-
 def path(goal: jax.Array, window: int) -> jax.Array:
-    """Actions [B, W, 2]: way-points from the middle to the goal, scaled."""
-    return SCALE * goal[:, None] * (jnp.arange(1, window + 1) / window)[:, None]
+    """Way-points [B, W, 2] from the middle to the goal."""
+    return goal[:, None] * (jnp.arange(1, window + 1) / window)[:, None]
 
 
 def train_encoder(key: jax.Array, digits: jax.Array, labels: jax.Array, *, steps: int = 300) -> tuple[Any, float]:
@@ -135,7 +131,7 @@ def trainer(config: VLAConfig, batch: int, draws: int, rate: float, total: int, 
         def eps(x: jax.Array, i: jax.Array, cond: jax.Array) -> jax.Array:
             return head_full(head, x, schedule.timestep(i), cond, config=config.head)[0]
 
-        return epsilon_loss(eps, schedule, key, x0, many, null=head["null"]) + 0.5 * extra
+        return epsilon_loss(eps, schedule, key, x0, many, null=head["null"]) + 0.1 * extra
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         vla = init_vla(key, config)

@@ -65,11 +65,6 @@ SMALLEST = {
         *("--gen-length", "32", "--block-length", "8", "--thresholds", "0.9", "--values", "0.5", "0.9"),
         *("--filter-prompts", "2", "--filter-steps", "2", "--prompts", "2", "--decode-batch", "2", "--timed", "3"),
     ],
-    "efficient_vla": [
-        *("--layers", "2", "--width", "16", "--head-depth", "1", "--head-width", "12", "--window", "2", "--steps", "4"),
-        *("--batch", "2", "--draws", "1", "--boards", "4", "--calibration", "2", "--drops", "1", "--tokens", "6"),
-        *("--intervals", "5", "--together", "1", "6", "5", "--repeats", "3", "--language-model", ""),
-    ],
     "gbnn": [
         *("--tables", "diabetes", "--rows", "60", "--units", "4", "--units-per-step", "1", "2", "--kept", "0.5", "1.0"),
         *("--rates", "0.1", "--adam-rates", "0.01", "--penalties", "0.01", "--inner-steps", "3", "--epochs", "16"),
