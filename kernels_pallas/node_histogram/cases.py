@@ -21,7 +21,7 @@ def _arrays(shape: Shape) -> tuple[Any, ...]:
     )
 
 
-def _bytes(shape: Shape, bin_bytes: float, stat_bytes: float) -> float:
+def _bytes(shape: Shape, bin_bytes: int | float, stat_bytes: int | float) -> float:
     rows, features, nodes, bins, stats = (shape[name] for name in ("n", "F", "N", "B", "K"))
     return rows * (bin_bytes * features + 4 + stat_bytes * stats) + 4.0 * features * nodes * bins * stats
 
