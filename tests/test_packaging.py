@@ -22,9 +22,11 @@ REQUIREMENTS = ROOT / "requirements"
 
 
 def pins(text):
-    """Name and version of each pin in the text of a requirements file."""
+    """Name and version of each pin in the text of a requirements file; a package pinned twice is a mistake."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^ \\\n]+)", text, re.MULTILINE)
-    return {canonicalize_name(name): Version(version) for name, version in found}
+    names = [canonicalize_name(name) for name, _ in found]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+    return {name: Version(version) for name, (_, version) in zip(names, found, strict=True)}
 
 
 def declared(*extras):
@@ -80,6 +82,7 @@ def test_lower_bounds_are_those_that_are_tested():
         assert bound.operator == ">="
         assert lowest.pop(requirement.name) == Version(bound.version), requirement
     assert set(lowest) == {"jaxlib"}  # goes with jax
+    assert not set(pins(direct)) & set(pins(indirect))
 
 
 def test_every_pin_has_hashes_and_names_no_host():
