@@ -49,9 +49,7 @@ def _body(*refs: Any, steps: int, **modes: Any) -> None:
     x_ref, w_ref, *bias_ref, out_ref, sums_ref = refs
     step = pl.program_id(2)
 
-    part = jax.lax.dot_general(
-        x_ref[...], w_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
-    )
+    part = jax.lax.dot_general(x_ref[...], w_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
     def write(total: Array) -> None:
         out_ref[...] = finish(total, bias_ref[0][...] if bias_ref else None, **modes)
