@@ -33,16 +33,24 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
     def build(shape: Shape) -> Program:
         m, k, n = (shape[name] for name in ("M", "K", "N"))
         if module is tpu:
-            rows, _, columns = tpu.blocks_of(m, k, n)
-            x_reads, w_reads = -(-n // columns), -(-m // rows)
+            rows, terms, columns = tpu.blocks_of(m, k, n)
+            # The product stands twice in a step, for the last block of terms and for all others.
+            busy = 1.0 if terms == k else 0.5
+            x_reads, w_reads, least = -(-n // columns), -(-m // rows), 32
         else:
-            rows, x_reads, w_reads = gpu.blocks_of(m, n)[0], 1, 1  # the level 2 cache gives what programs share
+            busy, least, x_reads, w_reads = (
+                1.0,
+                gpu.blocks_of(m, n)[0],
+                1,
+                1,
+            )  # the level 2 cache gives what programs share
         return Program(
             lambda x, w, b: module.matmul(x, w, b, **MODES),
             _arrays(shape),
             # int8 runs at twice the bf16 peak that the table divides by.
-            flops=1.0 * tpu.up_to(m, 32 if module is tpu else rows) * k * n,
+            flops=1.0 * -(-m // least) * least * k * n,
             bytes=_bytes(shape, x_reads, w_reads),
+            busy=busy,
             note="an int8 operation counts as half a FLOP of bf16",
         )
 

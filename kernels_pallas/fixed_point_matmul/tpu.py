@@ -17,26 +17,19 @@ from kernels_pallas.arrays import kernel_output
 from kernels_pallas.fixed_point_matmul.epilogue import finish
 
 LANES = 128
-SUBLANES = 32  # of int8
 ROWS, COLUMNS = 512, 1024
 FEW_ROWS = 64
-TERMS = (2048, 1024, 512, 256)  # of a block: the first that divides their number
-
-
-def up_to(size: int, step: int) -> int:
-    """``size``, rounded up."""
-    return -(-size // step) * step
+TERMS = 2048
 
 
 def blocks_of(m: int, k: int, n: int) -> tuple[int, int, int]:
     """Rows, terms and columns of a block."""
-    rows = min(up_to(m, SUBLANES), ROWS)
-    columns = min(up_to(n, LANES), COLUMNS)
-    if k <= TERMS[0]:
-        return rows, up_to(k, LANES), columns
-    least = up_to(k, TERMS[-1])  # what is missing is filled with zeros
-    choice = (2 * TERMS[0], *TERMS) if rows <= FEW_ROWS else TERMS[1:]
-    return rows, next(t for t in choice if least % t == 0), columns
+    rows = min(m, ROWS)
+    most = 2 * TERMS if rows <= FEW_ROWS else TERMS
+    # As many as leave little of the last block empty; no array is filled up.
+    sizes = [most, most // 2, most // 4]
+    terms = k if k <= most else min(sizes, key=lambda t: (-(-k // t) * t > 1.05 * k, -t))
+    return rows, terms, min(n, COLUMNS)
 
 
 def refusal(x: Any, w: Any) -> str | None:
@@ -45,30 +38,32 @@ def refusal(x: Any, w: Any) -> str | None:
     return None
 
 
-def _body(*refs: Any, steps: int, **modes: Any) -> None:
+def _body(*refs: Any, steps: int, terms: int, **modes: Any) -> None:
     x_ref, w_ref, *bias_ref, out_ref, sums_ref = refs
     step = pl.program_id(2)
 
-    part = jax.lax.dot_general(x_ref[...], w_ref[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    last = terms - (steps - 1) * x_ref.shape[1]  # of the last block; what lies beyond is not read
 
-    def write(total: Array) -> None:
-        out_ref[...] = finish(total, bias_ref[0][...] if bias_ref else None, **modes)
+    def part(count: int) -> Array:
+        return jax.lax.dot_general(
+            x_ref[:, :count], w_ref[:count], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+        )
 
     if steps == 1:
-        write(part)
+        out_ref[...] = finish(part(last), bias_ref[0][...] if bias_ref else None, **modes)
         return
 
     @pl.when(step == 0)
     def _() -> None:
-        sums_ref[...] = part
+        sums_ref[...] = jnp.broadcast_to(bias_ref[0][...] if bias_ref else 0, sums_ref.shape)
 
-    @pl.when((step > 0) & (step < steps - 1))
+    @pl.when(step < steps - 1)
     def _() -> None:
-        sums_ref[...] += part
+        sums_ref[...] += part(x_ref.shape[1])
 
     @pl.when(step == steps - 1)
     def _() -> None:
-        write(sums_ref[...] + part)
+        out_ref[...] = finish(sums_ref[...] + part(last), None, **modes)
 
 
 def matmul(
@@ -78,27 +73,24 @@ def matmul(
     """int8 [M, N]; see `refusal` for what it takes."""
     (m, k), n = x.shape, w.shape[1]
     rows, terms, columns = blocks_of(m, k, n)
-    short = -k % terms
-    x = jnp.pad(x, ((0, rows - m if m < rows else 0), (0, short)))
-    w = jnp.pad(w, ((0, short), (0, columns - n if n < columns else 0)))
-    steps = w.shape[0] // terms
+    steps = pl.cdiv(k, terms)
     operands = [x, w]
     specs = [
         pl.BlockSpec((rows, terms), lambda i, j, s: (i, s)),
         pl.BlockSpec((terms, columns), lambda i, j, s: (s, j)),
     ]
     if bias is not None:
-        operands.append(jnp.pad(bias, (0, w.shape[1] - n))[None])
+        operands.append(bias[None])
         specs.append(pl.BlockSpec((1, columns), lambda i, j, s: (0, j)))
-    out = pl.pallas_call(
-        functools.partial(_body, steps=steps, shift=shift, rounding=rounding, overflow=overflow, word=word),
-        grid=(pl.cdiv(x.shape[0], rows), pl.cdiv(w.shape[1], columns), steps),
+    y: Array = pl.pallas_call(
+        functools.partial(_body, steps=steps, terms=k, shift=shift, rounding=rounding, overflow=overflow, word=word),
+        grid=(pl.cdiv(m, rows), pl.cdiv(n, columns), steps),
         in_specs=specs,
         out_specs=pl.BlockSpec((rows, columns), lambda i, j, s: (i, j)),
-        out_shape=kernel_output(operands, (x.shape[0], w.shape[1]), jnp.int8),
+        out_shape=kernel_output(operands, (m, n), jnp.int8),
         scratch_shapes=[pltpu.VMEM((rows, columns) if steps > 1 else (8, LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="fixed_point_matmul",
     )(*operands)
-    return out[:m, :n]
+    return y
