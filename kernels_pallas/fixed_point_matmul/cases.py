@@ -43,7 +43,7 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
                 gpu.blocks_of(m, n)[0],
                 1,
                 1,
-            )  # the level 2 cache gives what programs share
+            )  # level 2 has the rest
         return Program(
             lambda x, w, b: module.matmul(x, w, b, **MODES),
             _arrays(shape),

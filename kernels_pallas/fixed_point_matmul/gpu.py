@@ -14,12 +14,13 @@ from kernels_pallas.fixed_point_matmul.epilogue import finish
 
 LEAST = 16  # rows of a product on tensor cores
 FEW_ROWS = 32
+PROGRAMS = 132  # one for each multiprocessor of an H100
 
 
 def blocks_of(m: int, n: int) -> tuple[int, int, int]:
     """Rows, terms and columns of a program."""
     if m <= FEW_ROWS:
-        return max(LEAST, int(pl.next_power_of_2(m))), 128, 64
+        return max(LEAST, int(pl.next_power_of_2(m))), 128, 32 if n <= 64 * PROGRAMS else 64
     return (128 if m > 64 else 64), 128, 128 if n > 64 else 64
 
 
