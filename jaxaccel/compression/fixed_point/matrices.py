@@ -41,9 +41,7 @@ def _raw(w: Any, f: Any, kind: FixedPoint) -> Int8Weight:
     """Raw integers of a matrix or a stack of them, and their steps by output."""
     w, F = as_floats(w, "params"), binary_point(f, word=kind.word)
     if F.ndim > w.ndim or (F.ndim and F.shape[-1] != 1) or jnp.broadcast_shapes(F.shape, w.shape) != w.shape:
-        raise ValueError(
-            f"f has shape {F.shape} for a matrix {w.shape}, expected a scalar or [..., out or 1, 1]: one point an output"
-        )
+        raise ValueError(f"f has shape {F.shape} for a matrix {w.shape}, expected a scalar or [..., out or 1, 1]")
     m, _ = round_and_fit(take_apart(w), F, kind)
     step = jnp.broadcast_to(power_of_two(-F), (*w.shape[:-1], 1))[..., 0]
     return Int8Weight(m.astype(jnp.int8), step)
