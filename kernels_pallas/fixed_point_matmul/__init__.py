@@ -7,8 +7,8 @@ The bias is on the grid of the sums, so that adding it is exact; the shift round
 These are the modes of ap_fixed. Written as int8, results take a quarter of the traffic of the sums themselves.
 
 When to use it: layers between which numbers stay in 8 bits, on TPUs and GPUs; the bits are those of hardware with such
-words. When not: where the next operation needs the wide sums; on CPU it is what XLA makes of the equation, and slower
-than float32. There are no gradients: training goes through casts of floats.
+words. When not: where the next operation needs the wide sums. On CPU it is what XLA makes of the equation, and the cast
+is one more pass. There are no gradients: training goes through casts of floats.
 
 Over several devices: shard rows or columns. Sharded terms need the sums themselves, which only ``"xla"`` adds over
 devices.

@@ -12,7 +12,7 @@ from kernels_pallas.fixed_point_matmul.epilogue import finish
 from kernels_pallas.fixed_point_matmul.xla import int_dot
 from kernels_pallas.prove.cases import Case, Program, Shape
 
-MODES = {"shift": 9, "rounding": "rnd", "overflow": "sat", "word": 8}
+MODES: dict[str, Any] = {"shift": 9, "rounding": "rnd", "overflow": "sat", "word": 8}
 
 
 def _arrays(shape: Shape) -> tuple[Any, ...]:

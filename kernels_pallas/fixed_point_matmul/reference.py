@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-_ROUND = {
+_ROUND: dict[str, Any] = {
     "rnd": lambda v: np.floor(v + 0.5),
     "rnd_min_inf": lambda v: np.ceil(v - 0.5),
     "rnd_zero": lambda v: np.sign(v) * np.ceil(np.abs(v) - 0.5),
