@@ -1,7 +1,7 @@
 """Fixed-point weights of models that multiply by `jaxaccel.compression.linear`: the decoder, or one of your own.
 
     f = calibrate(params, word=8)                                  # None for leaves that stay as they are
-    small = int8_weights(params, f, word=8)                        # reads a quarter of the bytes; float activations
+    small = int8_weights(params, f, word=8)                        # a quarter of the bytes; float activations
     layers = fixed_point_matrices(layers, f, x_fmt=FixedPoint(8, 4), word=8)                  # trains
     layers = fixed_point_matrices(layers, f, x_fmt=FixedPoint(8, 4), word=8, integer=True)    # the same bits
 
@@ -9,8 +9,8 @@ A scale that is a power of two is a scale: raw integers m of a binary point F ar
 and it stands for the very numbers that `quantize_params` gives. `fixed_point_matrices` casts the inputs of each product
 too, and sums are exact: in float32 for training, in int32 for inference, with the same results bit for bit.
 
-When to use it: `int8_weights` for decoding, which is limited by reading weights, where one set of weights serves both
-text here and hardware there. When not: for decoding alone, `quantize_weights`, whose scales fit each row better.
+When to use it: `int8_weights` where decoding waits for reading weights or memory is short, and one set of weights
+serves both text here and hardware there. When not: for decoding alone, `quantize_weights`, whose scales fit each row better.
 
 The arithmetic is that of Dai et al., arXiv 2401.17544, on matrices [out, in] as decoders store them.
 """
