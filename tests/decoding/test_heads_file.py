@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+from safetensors.numpy import save_file
 
 from jaxaccel.decoding import MedusaConfig, MedusaParams, init_medusa_heads, make_tree
 from jaxaccel.decoding.heads_file import HeadsInfo, load_heads, save_heads
-
-safetensors = pytest.importorskip("safetensors")
-from safetensors.numpy import save_file  # noqa: E402
 
 PATHS = ((0,), (1,), (0, 0), (0, 2))
 

@@ -1,9 +1,11 @@
 """Every benchmark in its smallest form: it runs, and its goals are read rightly. Speeds are not asserted here."""
 
+import importlib.util
 import json
 import pathlib
 import types
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -134,9 +136,11 @@ def test_goals_of_the_union_kernel_are_those_of_its_bound(monkeypatch):
 
 
 def test_naive_attention_in_torch_is_local_linear_attention():
-    pytest.importorskip("torch", reason="torch is no dependency: it is compared with where a user has it")
     data = attention.inputs(24)
     call = attention.torch_naive(data)
+    if importlib.util.find_spec("torch") is None:  # no dependency: it is compared with where a user has it
+        assert call is None
+        return
     expected = attention.local_linear_attention(*data, ridge=attention.RIDGE, solver="cholesky")
     np.testing.assert_allclose(call().swapaxes(1, 2), expected, atol=1e-4)  # float32 solves
 
@@ -149,7 +153,6 @@ def test_goals():
 
 
 def test_weights_rewritten_in_another_kind_are_the_same_model(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="the package gguf is optional")
     from experiments.benchmarks.llama_cpp import models, rewrite
     from jaxaccel.models.weights import load_pretrained
     from tests.models.weights.making import GGUF, GGUF_TOP, TINY, gguf_metadata, named, random_params, write_gguf

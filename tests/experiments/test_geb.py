@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 
 from experiments import geb
 from experiments.data.source_code import load_stdlib_source
@@ -88,8 +89,6 @@ def test_streamed_texts_are_joined_and_cut(tmp_path):
 
 
 def test_a_tokenizer_must_fit_the_vocabulary(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
     backend.save(str(tmp_path / "tokenizer.json"))
     config = dataclasses.replace(TINY, dataset="c4", tokenizer=str(tmp_path / "tokenizer.json"))

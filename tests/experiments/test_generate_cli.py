@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from safetensors.numpy import save_file
 
+from experiments import generation_cli
 from experiments.runner.cli import main
 from jaxaccel.decoding import MedusaConfig, init_medusa_heads, make_tree
 from jaxaccel.decoding.heads_file import save_heads
@@ -23,12 +26,6 @@ from jaxaccel.models.kv_cache import BlockTopK
 from jaxaccel.models.prompts import SnapKV
 from jaxaccel.models.weights import load_pretrained
 from tests.experiments.conftest import ROOT, cli_environment
-
-tokenizers = pytest.importorskip("tokenizers")
-pytest.importorskip("jinja2")
-save_file = pytest.importorskip("safetensors.numpy").save_file
-
-from experiments import generation_cli  # noqa: E402
 
 # Four rows more than the tokenizer has words.
 CONFIG = DecoderConfig.tiny(vocab_size=264, max_positions=256)

@@ -2,6 +2,7 @@
 
 import struct
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -11,8 +12,6 @@ from jaxaccel.models.weights import WeightsError, load_pretrained
 from jaxaccel.models.weights.gguf_files import GgufTensors, config_from_gguf
 from jaxaccel.models.weights.gguf_header import read_gguf
 from tests.models.weights.making import GGUF, GGUF_TOP, TINY, gguf_metadata, named, random_params, write_gguf
-
-gguf = pytest.importorskip("gguf", reason="the package gguf is optional")
 
 PARAMS = random_params(TINY)
 HEADS = {"attn_q": TINY.num_heads, "attn_k": TINY.num_kv_heads}

@@ -14,8 +14,6 @@ from jaxaccel.models.weights.safetensors_files import INDEX
 from tests.models.weights.making import TINY, random_params, write_folder, write_json, write_safetensors
 from tests.models.weights.test_downloads import serving
 
-pytest.importorskip("huggingface_hub", reason="the package huggingface_hub is optional")
-
 COMMIT = "0123456789" * 4
 
 

