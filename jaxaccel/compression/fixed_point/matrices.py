@@ -10,7 +10,8 @@ and it stands for the very numbers that `quantize_params` gives. `fixed_point_ma
 too, and sums are exact: in float32 for training, in int32 for inference, with the same results bit for bit.
 
 When to use it: `int8_weights` where decoding waits for reading weights or memory is short, and one set of weights
-serves both text here and hardware there. When not: for decoding alone, `quantize_weights`, whose scales fit each row better.
+serves both text here and hardware there. When not: for decoding alone, `quantize_weights`, whose scales fit each row
+better.
 
 The arithmetic is that of Dai et al., arXiv 2401.17544, on matrices [out, in] as decoders store them.
 """
