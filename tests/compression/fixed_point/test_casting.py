@@ -323,7 +323,8 @@ def test_rounding_in_floats_gives_the_bits_of_rounding_in_integers(overflow):
     any_bits = rng.integers(0, 2**32, 20000, np.uint32).view(np.float32)
     halves = np.arange(-300, 300, dtype=np.float32) / 2
     beside = [np.nextafter(halves, np.float32(end)) for end in (-np.inf, np.inf)]
-    x = jnp.asarray(np.concatenate([any_bits, halves, *beside, [0.49999997, -0.0, 8388607.5]]), jnp.float32)
+    special = np.array([0.49999997, -0.0, 8388607.5], np.float32)
+    x = jnp.asarray(np.concatenate([any_bits, halves, *beside, special]))
 
     @jax.jit
     def both(x, F):
