@@ -23,6 +23,7 @@ MODULES = (
     "diffusion",
     "diffusion_cache",
     "policy",
+    "fixed_point",
 )
 
 

@@ -21,10 +21,12 @@ from jaxaccel.compression.fixed_point import (
     csd_digits,
     dot_format,
     exact_matmul,
+    fixed_point_matrices,
     fold_batch_norm,
     frac_labels,
     freeze,
     from_int,
+    int8_weights,
     k_hot,
     multiply_format,
     qadd,
@@ -48,7 +50,15 @@ from jaxaccel.compression.layers import (
     slice_mlp,
 )
 from jaxaccel.compression.tokens import prune_tokens, select_visual_tokens, token_relevance
-from jaxaccel.compression.weight_only import Int8Weight, dequantize, linear, quantize, quantize_weights, take_rows
+from jaxaccel.compression.weight_only import (
+    Int8Weight,
+    Product,
+    dequantize,
+    linear,
+    quantize,
+    quantize_weights,
+    take_rows,
+)
 
 __all__ = [
     "Cost",
@@ -56,6 +66,7 @@ __all__ = [
     "Format",
     "ImportanceState",
     "Int8Weight",
+    "Product",
     "accumulate_importance",
     "add_format",
     "adders",
@@ -69,12 +80,14 @@ __all__ = [
     "dot_format",
     "exact_matmul",
     "finalize_importance",
+    "fixed_point_matrices",
     "fold_batch_norm",
     "frac_labels",
     "freeze",
     "from_int",
     "init_importance",
     "init_projections",
+    "int8_weights",
     "k_hot",
     "layer_importance",
     "layerwise_kd_loss",

@@ -15,6 +15,7 @@ multiplication; models that were trained in few bits (see the fixed-point method
 The scheme is the common absmax one, e.g. Dettmers et al., LLM.int8(), arXiv 2208.07339 (section 2.1).
 """
 
+import abc
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +40,23 @@ class Int8Weight(NamedTuple):
         return tuple(self.q.shape)
 
 
-Weight = Float[Array, "out in"] | Int8Weight
+class Product(abc.ABC):
+    """A matrix that brings its own product: what `linear` calls for forms of weights that live elsewhere.
+
+    A subclass is a pytree, so that it can be a leaf of parameters, under ``jit`` and in a scan.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for, [out, in]."""
+
+    @abc.abstractmethod
+    def multiply(self, rows: Float[Array, "M in"]) -> Float[Array, "M out"]:
+        """Rows times the transposed matrix."""
+
+
+Weight = Float[Array, "out in"] | Int8Weight | Product
 
 
 def quantize(weight: Float[Array, "*L out in"]) -> Int8Weight:
@@ -64,7 +81,7 @@ def quantize(weight: Float[Array, "*L out in"]) -> Int8Weight:
     return Int8Weight(jnp.round(steps).astype(jnp.int8), scale)
 
 
-def dequantize(weight: Weight, dtype: DTypeLike = jnp.float32) -> Float[Array, "out in"]:
+def dequantize(weight: Float[Array, "out in"] | Int8Weight, dtype: DTypeLike = jnp.float32) -> Float[Array, "out in"]:
     """The matrix that a weight stands for.
 
     >>> dequantize(quantize(jnp.array([[127.0, 3.0]]))).tolist()
@@ -145,7 +162,7 @@ def linear(x: Float[Array, "*B in"], weight: Weight, bias: Float[Array, "out"] |
 
     Args:
         x: rows.
-        weight: matrix, or `Int8Weight`.
+        weight: matrix, `Int8Weight` or `Product`.
         bias: added to each row.
 
     Raises:
@@ -160,7 +177,10 @@ def linear(x: Float[Array, "*B in"], weight: Weight, bias: Float[Array, "out"] |
     if x.shape[-1] != inner or len(weight.shape) != 2:
         raise ValueError(f"x has shape {x.shape} and weight {weight.shape}: expected [..., in] and [out, in]")
     rows = x.reshape(-1, inner)
-    if isinstance(weight, Int8Weight):
+    y: Array
+    if isinstance(weight, Product):
+        y = weight.multiply(rows)
+    elif isinstance(weight, Int8Weight):
         if rows.shape[0] <= FEW_ROWS:
             y = jax.lax.platform_dependent(rows, weight.q, cpu=_int8_by_pieces, default=_int8_by_conversion)
         else:
@@ -173,7 +193,7 @@ def linear(x: Float[Array, "*B in"], weight: Weight, bias: Float[Array, "out"] |
     return y.astype(x.dtype).reshape(*x.shape[:-1], out)
 
 
-def take_rows(weight: Weight, index: Int[Array, "*B"]) -> Float[Array, "*B in"]:
+def take_rows(weight: Float[Array, "out in"] | Int8Weight, index: Int[Array, "*B"]) -> Float[Array, "*B in"]:
     """Rows of a matrix: the embedding of tokens.
 
     >>> take_rows(jnp.eye(3), jnp.array([2])).tolist()

@@ -20,6 +20,7 @@ from experiments.benchmarks import (
     diffusion_cache,
     discovery,
     expert_ffn,
+    fixed_point,
     generation,
     lm_head_confidence,
     optimizers,
@@ -45,6 +46,8 @@ def small(monkeypatch, task):
         monkeypatch.setattr(attention, name, value)
     for name, value in {"CASES": ((1, 8), (2, 8)), "LONGER": 160, "CAPACITY": 96, "NEW": 4}.items():
         monkeypatch.setattr(generation, name, value)
+    monkeypatch.setattr(fixed_point, "SIZES", ((1, 8, 6), (9, 8, 6)))
+    monkeypatch.setattr(fixed_point, "STEPS", ((4, 6, 8),))
     monkeypatch.setattr(expert_ffn, "SIZES", ((32, 6, 8),))
     monkeypatch.setattr(expert_ffn, "ACTIVE", ((1, 2), (3, 4)))
     for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():

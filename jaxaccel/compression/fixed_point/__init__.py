@@ -25,6 +25,7 @@ from jaxaccel.compression.fixed_point.formats import FixedPoint, Format, add_for
 from jaxaccel.compression.fixed_point.hls import export_hls
 from jaxaccel.compression.fixed_point.integer import int_forward
 from jaxaccel.compression.fixed_point.layers import BinaryPoint, QBatchNorm, QConv, QDense, QInput, QRelu
+from jaxaccel.compression.fixed_point.matrices import FixedPointMatrix, fixed_point_matrices, int8_weights
 from jaxaccel.compression.fixed_point.multiplier_free import Cost, adders, count_ones, csd, csd_digits, k_hot
 from jaxaccel.compression.fixed_point.networks import (
     QMean,
@@ -48,6 +49,7 @@ __all__ = [
     "BinaryPoint",
     "Cost",
     "FixedPoint",
+    "FixedPointMatrix",
     "Format",
     "Node",
     "QBatchNorm",
@@ -71,10 +73,12 @@ __all__ = [
     "dot_format",
     "exact_matmul",
     "export_hls",
+    "fixed_point_matrices",
     "fold_batch_norm",
     "frac_labels",
     "freeze",
     "from_int",
+    "int8_weights",
     "int_forward",
     "k_hot",
     "multiply_format",

@@ -63,7 +63,8 @@ def calibrate(
 def _one(x: Array, kind: FixedPoint, method: str, channel_axis: int | None) -> Float[Array, "*S"]:
     if x.size == 0:
         raise ValueError(f"an array has shape {x.shape}, expected at least one entry")
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+    finite = jnp.isfinite(x).all()
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError("an array holds NaN or infinity, expected finite numbers")
     return _search(x, kind, method, channel_axis)
 

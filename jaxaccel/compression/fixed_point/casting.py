@@ -20,7 +20,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from jaxaccel.compression.fixed_point.formats import FixedPoint, Format, split_channels
-from jaxaccel.compression.fixed_point.rounding import power_of_two, round_and_fit, take_apart
+from jaxaccel.compression.fixed_point.rounding import (
+    power_of_two,
+    round_and_fit,
+    round_as_floats,
+    rounds_as_floats,
+    take_apart,
+)
 
 
 def as_floats(x: Any, name: str = "x") -> Array:
@@ -144,6 +150,9 @@ def _cast_jvp(kind: Any, frac: Any, dtype: Any, primals: Any, tangents: Any) -> 
 
 def cast_and_mask(x: Array, frac: Any, kind: FixedPoint, dtype: Any) -> tuple[Array, Array]:
     """Values in a format, and where the rounded number was inside its range."""
+    if x.dtype == dtype and not isinstance(frac, jax.core.Tracer) and rounds_as_floats(kind, np.asarray(frac)):
+        m, inside = round_as_floats(x, frac, kind)
+        return m * power_of_two(-jnp.asarray(frac), dtype), inside
     parts = take_apart(x)
     m, inside = round_and_fit(parts, frac, kind)
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -31,7 +31,13 @@ from jaxtyping import Int
 from jaxaccel.compression.fixed_point.casting import as_floats, check_held
 from jaxaccel.compression.fixed_point.formats import FixedPoint, check_word
 from jaxaccel.compression.fixed_point.multiplier_free import check_hot, k_hot
-from jaxaccel.compression.fixed_point.rounding import power_of_two, round_and_fit, take_apart
+from jaxaccel.compression.fixed_point.rounding import (
+    power_of_two,
+    round_and_fit,
+    round_as_floats,
+    rounds_as_floats,
+    take_apart,
+)
 
 LN2 = math.log(2.0)
 
@@ -54,7 +60,8 @@ def _points(f: Any) -> Array:
     f = jnp.asarray(f)
     if not jnp.issubdtype(f.dtype, jnp.floating):
         f = f.astype(jnp.float32)
-    if not isinstance(f, jax.core.Tracer) and not bool(jnp.isfinite(f).all()):
+    finite = jnp.isfinite(f).all()  # under jit a tracer even of a constant
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"f is {f}, expected finite numbers")
     return f
 
@@ -132,6 +139,9 @@ def _check_options(
 def _values(x: Array, f: Array, kind: FixedPoint, hot: int | None, hot_mode: str) -> tuple[Array, Array]:
     """Values in the format, and where the rounded number was inside the range."""
     F = binary_point(f, word=kind.word)
+    if hot is None and rounds_as_floats(kind):
+        m, inside = round_as_floats(x, F, kind)
+        return jnp.where(jnp.isfinite(f), m * power_of_two(-F, x.dtype), jnp.nan), inside
     parts = take_apart(x)
     m, inside = round_and_fit(parts, F, kind)
     if hot is not None:

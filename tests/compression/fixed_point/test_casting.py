@@ -16,7 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccel.compression.fixed_point import FixedPoint, add_format, cast, dot_format, from_int, multiply_format, to_int
 from jaxaccel.compression.fixed_point.formats import OVERFLOWS, ROUNDINGS
-from jaxaccel.compression.fixed_point.rounding import power_of_two, round_and_fit, take_apart
+from jaxaccel.compression.fixed_point.rounding import (
+    power_of_two,
+    round_and_fit,
+    round_as_floats,
+    rounds_as_floats,
+    take_apart,
+)
 from tests.compression.fixed_point.exact import exact_casts
 
 MODES = list(itertools.product(ROUNDINGS, OVERFLOWS, (True, False)))
@@ -308,3 +314,33 @@ def test_bad_arguments():
         add_format(FixedPoint(31, 3), FixedPoint(31, 3))
     with pytest.raises(ValueError, match="terms is 0, expected at least 1"):
         add_format(f, f, 0)
+
+
+@pytest.mark.parametrize("overflow", ["sat", "sat_sym", "sat_zero"])
+def test_rounding_in_floats_gives_the_bits_of_rounding_in_integers(overflow):
+    """Any bits of a float, and those next to halves; F as far as learned points go."""
+    rng = np.random.default_rng(0)
+    any_bits = rng.integers(0, 2**32, 20000, np.uint32).view(np.float32)
+    halves = np.arange(-300, 300, dtype=np.float32) / 2
+    beside = [np.nextafter(halves, np.float32(end)) for end in (-np.inf, np.inf)]
+    special = np.array([0.49999997, -0.0, 8388607.5], np.float32)
+    x = jnp.asarray(np.concatenate([any_bits, halves, *beside, special]))
+
+    @jax.jit
+    def both(x, F):
+        found = []
+        for word, signed in ((4, True), (25, True), (3, False)):
+            kind = FixedPoint(word, 0, signed, "rnd", overflow)
+            assert rounds_as_floats(kind)
+            m, inside = round_and_fit(take_apart(x), F, kind)
+            found.append((jnp.where(jnp.isnan(x), jnp.nan, m.astype(x.dtype)), inside, *round_as_floats(x, F, kind)))
+        return found
+
+    for F in (-30, 0, 3, 56):
+        for m, inside, by_floats, inside_by_floats in both(x, F):
+            np.testing.assert_array_equal(by_floats, m)
+            np.testing.assert_array_equal(jnp.signbit(by_floats) & ~jnp.isnan(m), jnp.signbit(m) & ~jnp.isnan(m))
+            np.testing.assert_array_equal(inside_by_floats, inside)
+    assert not rounds_as_floats(FixedPoint(4, 0, overflow="wrap"))
+    assert not rounds_as_floats(FixedPoint(4, 0, rounding="trn"))
+    assert not rounds_as_floats(FixedPoint(4, 0), np.array([3, -90]))

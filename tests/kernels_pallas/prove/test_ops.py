@@ -24,6 +24,7 @@ def test_every_op_is_proven_for_both_families():
         "lm_head_confidence",
         "modulated_residual",
         "node_histogram",
+        "fixed_point_matmul",
     }
     for op in find_ops():
         assert {case.family for case in find_cases(op)} == {"tpu", "gpu"}
