@@ -9,6 +9,8 @@ from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+# These train more than they compile.
+TRAINING = {"act_faster", "sample_faster"}
 
 
 def test_there_are_notebooks():
@@ -19,7 +21,7 @@ def test_there_are_notebooks():
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the messaging libraries between here and the kernel
 def test_notebook_runs(path, monkeypatch):
     # As in the suite itself: notebooks wait for compilation most of the time. Theirs is one device.
-    level = os.environ.get("JAXACCEL_TEST_OPTIMIZE", "0")
+    level = os.environ.get("JAXACCEL_TEST_OPTIMIZE", "3" if path.stem in TRAINING else "0")
     monkeypatch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level={level}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
