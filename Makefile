@@ -10,6 +10,8 @@ RUN := $(VENV)/bin/python
 LOWEST := .venv-lowest
 OUT := out/demo
 PYTEST_WORKERS ?= 2
+# tests/conftest.py says which tests share a worker and which come first.
+WORKERS = -n $(PYTEST_WORKERS) --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 # The stamp's name holds the hash of what is installed: new pins make a new environment, nothing else does.
@@ -68,7 +70,7 @@ prove: $(COMPILERS_STAMP)  ## compile every Pallas kernel with the real TPU and 
 .PHONY: test
 test: $(STAMP) $(COMPILERS_STAMP)  ## run the whole test suite
 	@echo "running the tests with $(PYTEST_WORKERS) workers"
-	$(RUN) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)  ## check style and types
@@ -88,10 +90,10 @@ bench: $(STAMP)  ## print speed ratios, measured in turn in one process
 .PHONY: test-lowest
 test-lowest: $(LOWEST_STAMP)  ## test the library with the oldest versions that pyproject.toml allows
 	# Every public function's example; then what old versions break first: gradients, meshes, Pallas, checkpoints.
-	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) jaxaccel kernels_pallas tests/optim tests/test_records.py tests/models/test_decoder.py \
+	$(LOWEST)/bin/python -m pytest $(WORKERS) jaxaccel kernels_pallas tests/optim tests/test_records.py tests/models/test_decoder.py \
 	  $(wildcard tests/kernels_pallas/*/test_kernels.py tests/kernels_pallas/*/test_xla.py tests/kernels_pallas/*/test_composition.py) \
 	  tests/kernels_pallas/lm_head_confidence tests/kernels_pallas/node_histogram
-	$(LOWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -k "shard or device or mesh or vmap" \
+	$(LOWEST)/bin/python -m pytest $(WORKERS) -k "shard or device or mesh or vmap" \
 	  tests/attention tests/boosting tests/caching tests/compression tests/decoding tests/forecasting tests/moe tests/posttraining tests/robustness
 
 $(LOWEST_STAMP):

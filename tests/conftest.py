@@ -5,20 +5,18 @@ import os
 import pathlib
 import sys
 
-# Before JAX starts: eight virtual devices, so that sharding tests run in the same process as all others; and machine
-# code that is not optimised, as most of the suite's time is compilation of small programs, which that halves. XLA's own
-# passes over the program, fusion and layouts, stay as they are. JAXACCEL_TEST_OPTIMIZE=3 gives what users run.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        *filter(None, [os.environ.get("XLA_FLAGS")]),
-        "--xla_force_host_platform_device_count=8",
-        f"--xla_backend_optimization_level={os.environ.get('JAXACCEL_TEST_OPTIMIZE', '0')}",
-    ]
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from tests.compiler import xla_flags  # noqa: E402
+
+# Before JAX starts: eight virtual devices, so that sharding tests run in the same process as all others.
+os.environ["XLA_FLAGS"] = " ".join(
+    [*filter(None, [os.environ.get("XLA_FLAGS")]), "--xla_force_host_platform_device_count=8", xla_flags()]
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Every operation carries the lines that called it, which a quarter of tracing's time is spent on.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The TPU and GPU compilers that kernels are proven with: `make compilers` puts them there.
 os.environ.setdefault("KERNELS_PALLAS_COMPILERS", str(ROOT / ".compilers"))
 
@@ -71,3 +69,26 @@ def compiled_programs_are_let_go():
     if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+# Files whose tests are long and share little: they go to whichever worker is free, and start first.
+SPREAD = ("tests/test_notebooks.py", "tests/kernels_pallas/prove/test_ops.py", "tests/experiments/test_experiments.py")
+FIRST = (*SPREAD, "tests/experiments/test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest; `--no-loadscope-reorder` keeps them there."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file's tests on one worker, which has compiled their programs already."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if file in SPREAD else file
+
+    return ByFile(config, log)

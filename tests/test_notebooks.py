@@ -1,11 +1,13 @@
 """Every notebook runs from top to bottom and is committed with its outputs."""
 
-import os
 import pathlib
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.compiler import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -21,8 +23,9 @@ def test_there_are_notebooks():
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the messaging libraries between here and the kernel
 def test_notebook_runs(path, monkeypatch):
     # As in the suite itself: notebooks wait for compilation most of the time. Theirs is one device.
-    level = os.environ.get("JAXACCEL_TEST_OPTIMIZE", "3" if path.stem in TRAINING else "0")
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level={level}")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags("3" if path.stem in TRAINING else "0"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
     committed = [cell for cell in notebook.cells if cell.cell_type == "code"]
