@@ -107,8 +107,10 @@ def boosted_fit(
     # Kinds are kept apart: a depth of 2.0 must not find the program of 2.
     settings = (check_depth(max_depth), float(reg_lambda), float(min_data_in_leaf), float(feature_fraction))
     key = jax.random.key(0) if key is None else key
+    # Second derivatives of 1 are counts already.
+    unit = not chosen.newton and sample_weight is None
     fit = _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
-               subsample=float(subsample), settings=settings)  # fmt: skip
+               subsample=float(subsample), settings=settings, unit=unit)  # fmt: skip
     if not _traced(fit.train_loss) and not np.isfinite(np.asarray(fit.train_loss)).all():
         raise ValueError("the loss is not finite: gradients are NaN or infinite, or targets too large for float32")
     return fit
@@ -118,10 +120,10 @@ def _traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "n_trees", "subsample", "settings"))
+@functools.partial(jax.jit, static_argnames=("loss", "n_trees", "subsample", "settings", "unit"))
 def _fit(
     bins: Bins, binned: Array, y: Array, weight: Array, rate: Any, key: Array, *, loss: Loss, n_trees: int,
-    subsample: float, settings: tuple[Any, ...],
+    subsample: float, settings: tuple[Any, ...], unit: bool,
 ) -> BoostedTrees:  # fmt: skip
     depth, penalty, least, fraction = settings
     initial = loss.initial(y, weight)
@@ -138,8 +140,8 @@ def _fit(
             g, h, k = parts
             tree, leaf = grow_tree(
                 bins, binned, jnp.stack([seen * g, seen * h], 1), max_depth=depth, score="newton", reg_lambda=penalty,
-                min_data_in_leaf=least, count=(seen > 0).astype(f.dtype), feature_fraction=fraction,
-                key=jax.random.fold_in(draw, k + 1),
+                min_data_in_leaf=least, count=None if unit else (seen > 0).astype(f.dtype), weight_counts=unit,
+                feature_fraction=fraction, key=jax.random.fold_in(draw, k + 1),
             )  # fmt: skip
             tree = tree._replace(leaf_value=rate * tree.leaf_value)
             return tree, tree.leaf_value[leaf, 0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxaccel.boosting.trees.bins import Bins
-from jaxaccel.boosting.trees.splitting import SCORES, Columns, Rules, best_splits
+from jaxaccel.boosting.trees.splitting import SCORES, Columns, Rules, best_splits, spread
 
 POLICIES = ("depthwise", "oblivious", "greedy")
 MAX_DEPTH = 12
@@ -180,6 +180,7 @@ def _grow(
     oblivious = rules.policy == "oblivious"
     heap = depth if oblivious else 2**depth - 1
     number = jnp.arange(columns, dtype=jnp.int32)
+    ordered = spread(binned, candidates + 1)
 
     def level_step(level: Array, carry: Any, size: int) -> Any:
         node, feature, threshold, kind, gain = carry
@@ -201,7 +202,7 @@ def _grow(
             place = (1 << ancestor) - 1 + (jnp.arange(size)[:, None] >> shift)
             place = jnp.minimum(place, heap - 1)
             above = jnp.where(ancestor < level, feature[place], -1), threshold[place]
-        every = Columns(binned, bins.thresholds, bins.n_valid, bins.is_categorical, weights, number, allowed, chance)
+        every = Columns(ordered, bins.thresholds, bins.n_valid, bins.is_categorical, weights, number, allowed, chance)
         active = jnp.arange(size) < (1 << level)
         best = best_splits(every, node, stats, active, above, rules, _block_size(columns))
         found = best.score > -jnp.inf

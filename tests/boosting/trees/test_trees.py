@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from jaxaccel.boosting.trees import Bins, apply_bins, fit_bins, grow_tree, predict_trees, tree_leaves
-from jaxaccel.boosting.trees.splitting import running_sums
+from jaxaccel.boosting.trees.splitting import cells, running_sums, spread
 
 
 def table(n=64, columns=3, values=6, seed=0):
@@ -186,10 +186,15 @@ def test_predictions_do_not_depend_on_the_rows_beside():
         np.testing.assert_array_equal(predict_trees(trees, jnp.asarray(x[i : i + 1]), scale=0.3)[0], whole[i])
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 9, 70])
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 70, 600])
 def test_running_sums(length):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, length)), jnp.float32)
-    np.testing.assert_array_equal(running_sums(x), np.cumsum(x, -1))
+    groups = -(-length // 8)
+    order = spread(jnp.arange(length), length)
+    sums = running_sums(cells(x, groups, 0)).reshape(2, -1)
+    np.testing.assert_array_equal(cells(x, groups, 0).reshape(2, -1)[:, order], x)
+    np.testing.assert_array_equal(sums[:, order], np.cumsum(x, -1))
+    assert len(set(np.asarray(order).tolist())) == length
 
 
 @pytest.mark.parametrize("method", ["quantile", "uniform", "midpoint"])
