@@ -95,6 +95,12 @@ def check_table(x: Any, columns: int | None = None) -> None:
         raise ValueError("x holds infinities (of float32), expected finite numbers or NaN")
 
 
+def has_categories(bins: Bins) -> bool:
+    """Whether any column may be one of categories; under ``jit``, where that cannot be seen, yes."""
+    kinds = bins.is_categorical
+    return isinstance(kinds, jax.core.Tracer) or bool(np.asarray(kinds).any())
+
+
 def fit_bins(
     x: Any,
     *,
@@ -182,12 +188,18 @@ def apply_bins(bins: Bins, x: Any) -> Shaped[Array, "D n"]:
 @jax.jit
 def _apply(bins: Bins, x: Array) -> Array:
     n_bins = bins.thresholds.shape[1]
+    steps = n_bins.bit_length()
+    ceiling = jnp.pad(bins.thresholds, ((0, 0), (0, 2**steps - n_bins)), constant_values=jnp.inf)
 
-    def one(column: Array, thresholds: Array, is_categorical: Array) -> Array:
-        place = jnp.searchsorted(thresholds, column, side="left")
-        equal = thresholds[jnp.minimum(place, n_bins - 1)] == column
+    def one(parts: tuple[Array, Array, Array]) -> Array:
+        column, thresholds, is_categorical = parts
+        # Thresholds below, by bisection; `jnp.searchsorted` takes six times as long on CPU.
+        place = jnp.zeros(column.shape, jnp.int32)
+        for step in (2**i for i in reversed(range(steps))):
+            place = place + jnp.where(thresholds.at[place + step - 1].get(mode="promise_in_bounds") < column, step, 0)
+        equal = thresholds[place] == column
         number = jnp.where(is_categorical & ~equal, n_bins, place)
-        return jnp.where(jnp.isnan(column) & ~is_categorical, 0, number)
+        number = jnp.where(jnp.isnan(column) & ~is_categorical, 0, number)
+        return number.astype(jnp.uint8 if n_bins <= 255 else jnp.int16)
 
-    found = jax.vmap(one)(x.T, bins.thresholds, bins.is_categorical)
-    return found.astype(jnp.uint8 if n_bins <= 255 else jnp.int16)
+    return jax.lax.map(one, (x.T, ceiling, bins.is_categorical))

@@ -24,9 +24,10 @@ from jaxaccel.boosting.losses import (
     mean_loss,
     residuals,
 )
-from jaxaccel.boosting.trees.bins import Bins, apply_bins
+from jaxaccel.boosting.trees.bins import Bins, apply_bins, has_categories
 from jaxaccel.boosting.trees.growing import Tree, check_depth, grow_tree
 from jaxaccel.boosting.trees.predicting import predict_trees
+from jaxaccel.boosting.trees.splitting import spread
 
 
 class BoostedTrees(NamedTuple):
@@ -110,7 +111,7 @@ def boosted_fit(
     # Second derivatives of 1 are counts already.
     unit = not chosen.newton and sample_weight is None
     fit = _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
-               subsample=float(subsample), settings=settings, unit=unit)  # fmt: skip
+               subsample=float(subsample), settings=settings, unit=unit, categorical=has_categories(bins))  # fmt: skip
     if not _traced(fit.train_loss) and not np.isfinite(np.asarray(fit.train_loss)).all():
         raise ValueError("the loss is not finite: gradients are NaN or infinite, or targets too large for float32")
     return fit
@@ -120,13 +121,14 @@ def _traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "n_trees", "subsample", "settings", "unit"))
+@functools.partial(jax.jit, static_argnames=("loss", "n_trees", "subsample", "settings", "unit", "categorical"))
 def _fit(
     bins: Bins, binned: Array, y: Array, weight: Array, rate: Any, key: Array, *, loss: Loss, n_trees: int,
-    subsample: float, settings: tuple[Any, ...], unit: bool,
+    subsample: float, settings: tuple[Any, ...], unit: bool, categorical: bool,
 ) -> BoostedTrees:  # fmt: skip
     depth, penalty, least, fraction = settings
     initial = loss.initial(y, weight)
+    ordered = spread(binned, bins.thresholds.shape[1] + 1)
     f = jnp.broadcast_to(initial, (len(weight), len(initial)))
 
     def one_round(f: Array, number: Array) -> tuple[Array, Any]:
@@ -141,7 +143,7 @@ def _fit(
             tree, leaf = grow_tree(
                 bins, binned, jnp.stack([seen * g, seen * h], 1), max_depth=depth, score="newton", reg_lambda=penalty,
                 min_data_in_leaf=least, count=None if unit else (seen > 0).astype(f.dtype), weight_counts=unit,
-                feature_fraction=fraction, key=jax.random.fold_in(draw, k + 1),
+                feature_fraction=fraction, categorical=categorical, ordered=ordered, key=jax.random.fold_in(draw, k + 1),
             )  # fmt: skip
             tree = tree._replace(leaf_value=rate * tree.leaf_value)
             return tree, tree.leaf_value[leaf, 0]

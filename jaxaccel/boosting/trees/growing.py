@@ -48,7 +48,7 @@ class Tree(NamedTuple):
 def _groups(depth: int) -> list[tuple[int, int]]:
     """Levels that share a loop, [first, last]: the small ones together, then pairs."""
     first = min(depth, 4)
-    return [(0, first - 1), *((a, min(a + 1, depth - 1)) for a in range(first, depth, 2))]
+    return [(0, first - 1), *((a, a) for a in range(first, depth))]
 
 
 def check_depth(depth: Any) -> int:
@@ -105,6 +105,7 @@ def grow_tree(
     categorical: bool = True,
     key: Key[Array, ""] | None = None,
     implementation: str | None = None,
+    ordered: Any = None,
 ) -> tuple[Tree, Int[Array, "n"]]:
     """Grow a tree on statistics of rows.
 
@@ -133,6 +134,7 @@ def grow_tree(
         categorical: ``False`` says that no column is, and saves time.
         key: of what is drawn.
         implementation: of `kernels_pallas.node_histogram`.
+        ordered: ``spread(binned, B + 1)`` of `jaxaccel.boosting.trees.splitting`, where many trees share it.
 
     Returns:
         The tree, and the leaf of each row. Leaf values are s/w, or −s/(w + λ) for ``"newton"``.
@@ -163,24 +165,33 @@ def grow_tree(
     weights = jnp.ones(columns) if feature_weights is None else jnp.asarray(feature_weights, stats.dtype)
     mask = jnp.ones(columns, bool) if feature_mask is None else jnp.asarray(feature_mask, bool)
     drawn = max(1, round(float(feature_fraction) * columns))
-    return _grow(bins, binned, stats, weights, mask, key, rules=rules, drawn=drawn)
+    ordered = spread(binned, bins.thresholds.shape[1] + 1) if ordered is None else ordered
+    return _grow(bins, binned, ordered, stats, weights, mask, key, rules=rules, drawn=drawn)
 
 
 def _block_size(columns: int) -> int:
     """Columns of a step of the search: on CPU one at a time is fastest, elsewhere a step must be worth its launch."""
-    return 1 if jax.default_backend() == "cpu" else min(columns, 8)
+    return 10 if jax.default_backend() == "cpu" else min(columns, 8)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "drawn"))
 def _grow(
-    bins: Bins, binned: Array, stats: Array, weights: Array, mask: Array, key: Any, *, rules: Rules, drawn: int
+    bins: Bins,
+    binned: Array,
+    ordered: Array,
+    stats: Array,
+    weights: Array,
+    mask: Array,
+    key: Any,
+    *,
+    rules: Rules,
+    drawn: int,
 ) -> tuple[Tree, Array]:
     columns, n = binned.shape
     depth, candidates = rules.max_depth, bins.thresholds.shape[1]
     oblivious = rules.policy == "oblivious"
     heap = depth if oblivious else 2**depth - 1
     number = jnp.arange(columns, dtype=jnp.int32)
-    ordered = spread(binned, candidates + 1)
 
     def level_step(level: Array, carry: Any, size: int) -> Any:
         node, feature, threshold, kind, gain = carry
