@@ -143,7 +143,8 @@ def _fit(
             tree, leaf = grow_tree(
                 bins, binned, jnp.stack([seen * g, seen * h], 1), max_depth=depth, score="newton", reg_lambda=penalty,
                 min_data_in_leaf=least, count=None if unit else (seen > 0).astype(f.dtype), weight_counts=unit,
-                feature_fraction=fraction, categorical=categorical, ordered=ordered, key=jax.random.fold_in(draw, k + 1),
+                feature_fraction=fraction, categorical=categorical, ordered=ordered,
+                key=jax.random.fold_in(draw, k + 1),
             )  # fmt: skip
             tree = tree._replace(leaf_value=rate * tree.leaf_value)
             return tree, tree.leaf_value[leaf, 0]

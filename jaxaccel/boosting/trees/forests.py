@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxaccel.boosting.losses import check_weight
-from jaxaccel.boosting.trees.bins import Bins, apply_bins
-from jaxaccel.boosting.trees.growing import Tree, check_depth, grow_tree
+from jaxaccel.boosting.trees.bins import Bins, apply_bins, has_categories
+from jaxaccel.boosting.trees.deep import MAX_DEPTH, DeepTree, grow_deep_tree
+from jaxaccel.boosting.trees.growing import check_depth
 from jaxaccel.boosting.trees.predicting import predict_trees
+from jaxaccel.boosting.trees.splitting import spread
 
 
 class Forest(NamedTuple):
     """T trees of O outputs; `jaxaccel.boosting.trees.feature_importances` takes ``trees``."""
 
-    trees: Tree  # [T, ...]
+    trees: DeepTree  # [T, ...]
     centre: Float[Array, "O"]  # what was taken from targets, and is added to the trees' mean
     out_of_bag: Float[Array, "n O"]  # mean of the trees that did not draw a row; NaN if all did
 
@@ -35,6 +37,7 @@ def forest_fit(
     *,
     n_trees: Any = 100,
     max_depth: Any = 10,
+    max_leaves: Any = None,
     min_data_in_leaf: Any = 1,
     feature_fraction: Any = 1.0,
     bootstrap: bool = True,
@@ -49,7 +52,8 @@ def forest_fit(
         y: reals ``[n, O]``; of labels, one-hot rows: splits then gain what Gini's impurity loses.
         key: of all that is drawn.
         n_trees: T.
-        max_depth: of every tree.
+        max_depth: of every tree, 1 to 64.
+        max_leaves: of every tree, as `grow_deep_tree` has it; memory of the forest grows with it.
         min_data_in_leaf: least rows of a leaf, repeated ones counted as often as they were drawn.
         feature_fraction: share of columns drawn for each node.
         bootstrap: whether trees draw rows.
@@ -77,32 +81,41 @@ def forest_fit(
         raise ValueError("y must be finite, got NaN or infinity")
     check_weight(sample_weight, n)
     weight = jnp.ones(n) if sample_weight is None else jnp.asarray(sample_weight, jnp.float32)
-    settings = (check_depth(max_depth), float(min_data_in_leaf), float(feature_fraction), bool(random_thresholds))
-    return _fit(bins, binned, y, weight, key, n_trees=n_trees, bootstrap=bool(bootstrap), settings=settings)
+    settings = (
+        check_depth(max_depth, MAX_DEPTH),
+        max_leaves,
+        float(min_data_in_leaf),
+        float(feature_fraction),
+        bool(random_thresholds),
+    )
+    return _fit(bins, binned, y, weight, key, n_trees=n_trees, bootstrap=bool(bootstrap), settings=settings,
+                unit=sample_weight is None, categorical=has_categories(bins))  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("n_trees", "bootstrap", "settings"))
+@functools.partial(jax.jit, static_argnames=("n_trees", "bootstrap", "settings", "unit", "categorical"))
 def _fit(
     bins: Bins, binned: Array, y: Array, weight: Array, key: Array, *, n_trees: int, bootstrap: bool,
-    settings: tuple[Any, ...],
+    settings: tuple[Any, ...], unit: bool, categorical: bool,
 ) -> Forest:  # fmt: skip
-    depth, least, fraction, random = settings
+    depth, leaves, least, fraction, random = settings
+    ordered = spread(binned, bins.thresholds.shape[1] + 1)
     n = len(weight)
     centre = weight @ y / weight.sum()
     y = y - centre
     # Rows of no weight are neither drawn nor counted: as if they were not there.
     present, size = jnp.argsort(weight <= 0, stable=True), jnp.sum(weight > 0)
 
-    def one(sums: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Tree]:
+    def one(sums: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], DeepTree]:
         rows, nodes = jax.random.split(jax.random.fold_in(key, number))
         count = jnp.ones(n)
         if bootstrap:
             drawn = present[jax.random.randint(rows, (n,), 0, size)]
             count = jax.ops.segment_sum((jnp.arange(n) < size).astype(count.dtype), drawn, num_segments=n)
         mass = (count * weight)[:, None]
-        tree, leaf = grow_tree(
-            bins, binned, jnp.concatenate([mass * y, mass], 1), max_depth=depth, min_data_in_leaf=least,
-            count=jnp.where(weight > 0, count, 0), feature_fraction=fraction, random_thresholds=random, key=nodes,
+        tree, leaf = grow_deep_tree(
+            bins, binned, jnp.concatenate([mass * y, mass], 1), max_depth=depth, max_leaves=leaves,
+            min_data_in_leaf=least, count=None if unit else jnp.where(weight > 0, count, 0), feature_fraction=fraction,
+            random_thresholds=random, categorical=categorical, key=nodes, ordered=ordered,
         )  # fmt: skip
         out = (count == 0)[:, None]
         total, times = sums
@@ -119,5 +132,5 @@ def forest_predict(forest: Forest, x: Any) -> Float[Array, "n O"]:
 
 
 @jax.jit
-def _predict(trees: Tree, centre: Array, x: Array) -> Array:
+def _predict(trees: DeepTree, centre: Array, x: Array) -> Array:
     return centre + predict_trees(trees, x) / len(trees.feature)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxaccel.boosting.trees.bins import Bins
-from jaxaccel.boosting.trees.splitting import SCORES, Columns, Rules, best_splits, spread
+from jaxaccel.boosting.trees.splitting import SCORES, Rules, best_splits, draw_columns, spread
 
 POLICIES = ("depthwise", "oblivious", "greedy")
 MAX_DEPTH = 12
@@ -51,16 +51,19 @@ def _groups(depth: int) -> list[tuple[int, int]]:
     return [(0, first - 1), *((a, a) for a in range(first, depth))]
 
 
-def check_depth(depth: Any) -> int:
+def check_depth(depth: Any, most: int = MAX_DEPTH) -> int:
     """The depth, if trees can have it."""
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise TypeError(f"max_depth is {depth!r}, expected an integer")
-    if not 1 <= depth <= MAX_DEPTH:
-        raise ValueError(f"max_depth is {depth}, expected 1 to {MAX_DEPTH}")
+    if not 1 <= depth <= most:
+        raise ValueError(f"max_depth is {depth}, expected 1 to {most}")
     return depth
 
 
-def _check(bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: Any, fraction: Any) -> None:
+def check(
+    bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: Any, fraction: Any, most: int = MAX_DEPTH
+) -> None:
+    """Refuse shapes that do not fit and settings out of range."""
     columns = bins.thresholds.shape[0]
     if jnp.ndim(binned) != 2 or len(binned) != columns or jnp.shape(binned)[1] < 1:
         raise ValueError(f"binned has shape {jnp.shape(binned)}, expected [{columns}, rows] of apply_bins")
@@ -69,7 +72,7 @@ def _check(bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: A
         raise ValueError(f"stats has shape {jnp.shape(stats)}, expected [{rows}, K], K at least 2: sums and a weight")
     if count is not None and jnp.shape(count) != (rows,):
         raise ValueError(f"count has shape {jnp.shape(count)}, expected ({rows},)")
-    check_depth(rules.max_depth)
+    check_depth(rules.max_depth, most)
     if rules.policy not in POLICIES:
         raise ValueError(f"policy is {rules.policy!r}, expected one of {', '.join(POLICIES)}")
     if rules.score not in SCORES:
@@ -83,6 +86,36 @@ def _check(bins: Bins, binned: Any, stats: Any, count: Any, rules: Rules, key: A
         raise ValueError("random_thresholds is True, expected False for oblivious trees: nodes share a threshold")
     if key is None and (fraction < 1 or rules.random):
         raise ValueError("key is None, expected a key: features or thresholds are drawn")
+
+
+def prepare(
+    bins: Bins, stats: Any, count: Any, counted: bool, feature_weights: Any, feature_mask: Any, fraction: Any
+) -> tuple[Array, Array, Array, int]:
+    """Statistics with a count where one is needed, factors of columns, those that may be used, and how many are drawn.
+
+    Raises:
+        ValueError: for factors or a mask of another length.
+    """
+    columns, n = len(bins.n_valid), len(stats)
+    stats = stats.astype(jnp.promote_types(stats.dtype, jnp.float32))
+    if counted:
+        count = jnp.ones(n, stats.dtype) if count is None else jnp.asarray(count, stats.dtype)
+        stats = jnp.concatenate([stats, count[:, None]], 1)
+    for name, value in (("feature_weights", feature_weights), ("feature_mask", feature_mask)):
+        if value is not None and jnp.shape(value) != (columns,):
+            raise ValueError(f"{name} has shape {jnp.shape(value)}, expected ({columns},)")
+    weights = jnp.ones(columns) if feature_weights is None else jnp.asarray(feature_weights, stats.dtype)
+    mask = jnp.ones(columns, bool) if feature_mask is None else jnp.asarray(feature_mask, bool)
+    return stats, weights, mask, max(1, round(float(fraction) * columns))
+
+
+def leaf_values(sums: Float[Array, "L K"], rules: Rules) -> Float[Array, "L O"]:
+    """Values of leaves from their sums of statistics; 0 of no rows."""
+    sums = sums[:, :-1] if rules.counted else sums
+    newton = rules.score == "newton"
+    bottom = sums[:, -1:] + (rules.reg_lambda if newton else 0)
+    value = jnp.where(bottom > 0, sums[:, :-1] / jnp.where(bottom > 0, bottom, 1), 0)
+    return -value if newton else value
 
 
 def grow_tree(
@@ -153,25 +186,10 @@ def grow_tree(
     counted = count is not None or (score == "newton" and not weight_counts)
     rules = Rules(max_depth, policy, score, reg_lambda, min_data_in_leaf, min_gain, counted, categorical,
                   bool(random_thresholds), implementation)  # fmt: skip
-    _check(bins, binned, stats, count, rules, key, feature_fraction)
-    columns, n = binned.shape
-    stats = stats.astype(jnp.promote_types(stats.dtype, jnp.float32))
-    if counted:
-        count = jnp.ones(n, stats.dtype) if count is None else jnp.asarray(count, stats.dtype)
-        stats = jnp.concatenate([stats, count[:, None]], 1)
-    for name, value in (("feature_weights", feature_weights), ("feature_mask", feature_mask)):
-        if value is not None and jnp.shape(value) != (columns,):
-            raise ValueError(f"{name} has shape {jnp.shape(value)}, expected ({columns},)")
-    weights = jnp.ones(columns) if feature_weights is None else jnp.asarray(feature_weights, stats.dtype)
-    mask = jnp.ones(columns, bool) if feature_mask is None else jnp.asarray(feature_mask, bool)
-    drawn = max(1, round(float(feature_fraction) * columns))
+    check(bins, binned, stats, count, rules, key, feature_fraction)
+    stats, weights, mask, drawn = prepare(bins, stats, count, counted, feature_weights, feature_mask, feature_fraction)
     ordered = spread(binned, bins.thresholds.shape[1] + 1) if ordered is None else ordered
     return _grow(bins, binned, ordered, stats, weights, mask, key, rules=rules, drawn=drawn)
-
-
-def _block_size(columns: int) -> int:
-    """Columns of a step of the search: on CPU one at a time is fastest, elsewhere a step must be worth its launch."""
-    return 10 if jax.default_backend() == "cpu" else min(columns, 8)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "drawn"))
@@ -187,23 +205,16 @@ def _grow(
     rules: Rules,
     drawn: int,
 ) -> tuple[Tree, Array]:
-    columns, n = binned.shape
+    n = binned.shape[1]
     depth, candidates = rules.max_depth, bins.thresholds.shape[1]
     oblivious = rules.policy == "oblivious"
     heap = depth if oblivious else 2**depth - 1
-    number = jnp.arange(columns, dtype=jnp.int32)
 
     def level_step(level: Array, carry: Any, size: int) -> Any:
         node, feature, threshold, kind, gain = carry
         nodes = 1 if oblivious else size
         start = level if oblivious else (1 << level) - 1
-        allowed, chance = jnp.broadcast_to(mask[:, None], (columns, nodes)), jnp.zeros((columns, nodes))
-        if drawn < columns:
-            order = jax.random.uniform(jax.random.fold_in(key, 2 * level), (columns, nodes))
-            order = jnp.where(mask[:, None], order, 2.0)  # of the columns that may be used, the smallest
-            allowed = allowed & (jnp.argsort(jnp.argsort(order, 0), 0) < drawn)
-        if rules.random:
-            chance = jax.random.uniform(jax.random.fold_in(key, 2 * level + 1), (columns, nodes))
+        search = draw_columns(key, level, nodes, mask, weights, drawn, rules.random)
         # Splits above each node, for the rule that none comes twice.
         ancestor = jnp.arange(depth)
         if oblivious:
@@ -213,9 +224,8 @@ def _grow(
             place = (1 << ancestor) - 1 + (jnp.arange(size)[:, None] >> shift)
             place = jnp.minimum(place, heap - 1)
             above = jnp.where(ancestor < level, feature[place], -1), threshold[place]
-        every = Columns(ordered, bins.thresholds, bins.n_valid, bins.is_categorical, weights, number, allowed, chance)
         active = jnp.arange(size) < (1 << level)
-        best = best_splits(every, node, stats, active, above, rules, _block_size(columns))
+        best = best_splits(bins, ordered, node, stats, active, above, search, rules)
         found = best.score > -jnp.inf
         if rules.policy == "greedy":
             own = jnp.where(level == 0, 0, best.parent)
@@ -254,8 +264,4 @@ def _grow(
         carry = jax.lax.fori_loop(first, last + 1, step, carry)
     leaf, feature, threshold, kind, gain = carry
     sums = jax.ops.segment_sum(stats, leaf, num_segments=2**depth)
-    sums = sums[:, :-1] if rules.counted else sums
-    newton = rules.score == "newton"
-    bottom = sums[:, -1:] + (rules.reg_lambda if newton else 0)
-    value = jnp.where(bottom > 0, sums[:, :-1] / jnp.where(bottom > 0, bottom, 1), 0)
-    return Tree(feature, threshold, kind, gain, -value if newton else value), leaf
+    return Tree(feature, threshold, kind, gain, leaf_values(sums, rules)), leaf

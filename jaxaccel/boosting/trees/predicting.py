@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxaccel.boosting.trees.deep import DeepTree
 from jaxaccel.boosting.trees.growing import Tree
+
+AnyTree = Tree | DeepTree
 
 CELLS = 2**16
 """Rows·trees of a chunk, about: few rows are passed through many trees at once, many rows through one."""
@@ -16,7 +19,7 @@ LONGEST = 512
 Carry = TypeVar("Carry")
 
 
-def _sides(tree: Tree, x: Array, place: Array) -> Array:
+def _sides(tree: AnyTree, x: Array, place: Array) -> Array:
     """Whether rows go right at heap places: ``x [D, n]``, ``place [C, n]``, or ``[C, 1]`` if all rows share it."""
     feature, threshold, kind = (jnp.take_along_axis(a, place, 1) for a in tree[:3])
     if place.shape[1] == 1 and x.shape[1] > 1:
@@ -26,8 +29,10 @@ def _sides(tree: Tree, x: Array, place: Array) -> Array:
     return jnp.where(kind, value == threshold, value > threshold) & (feature >= 0)
 
 
-def _leaves(tree: Tree, x: Array) -> Array:
+def _leaves(tree: AnyTree, x: Array) -> Array:
     """Leaves ``[C, n]`` of ``x [D, n]`` in ``C`` trees."""
+    if isinstance(tree, DeepTree):
+        return _deep_leaves(tree, x)
     trees, depth, oblivious = len(tree.feature), tree.depth, tree.oblivious
     node = jnp.zeros((trees, x.shape[1]), jnp.int32)
     for level in range(depth):
@@ -36,7 +41,20 @@ def _leaves(tree: Tree, x: Array) -> Array:
     return node
 
 
-def tree_leaves(tree: Tree, x: Float[Array, "n D"]) -> Int[Array, "*t n"]:
+def _deep_leaves(tree: DeepTree, x: Array) -> Array:
+    """As many steps as the deepest row needs."""
+
+    def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        node, child = carry
+        node = jnp.where(child > 0, child + _sides(tree, x, node), node)
+        return node, jnp.take_along_axis(tree.child, node, 1)
+
+    node = jnp.zeros((len(tree.feature), x.shape[1]), jnp.int32)
+    child = jnp.broadcast_to(tree.child[:, :1], node.shape)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), step, (node, child))[0]
+
+
+def tree_leaves(tree: AnyTree, x: Float[Array, "n D"]) -> Int[Array, "*t n"]:
     """The leaf of each row, in one tree or in each of several; NaN goes left."""
     if tree.feature.ndim == 1:
         return _leaves(jax.tree.map(lambda a: a[None], tree), x.T)[0]
@@ -44,7 +62,7 @@ def tree_leaves(tree: Tree, x: Float[Array, "n D"]) -> Int[Array, "*t n"]:
 
 
 def fold_trees(
-    trees: Tree,
+    trees: AnyTree,
     x: Float[Array, "n D"],
     step: Callable[[Carry, Any, Any, Any], Carry],
     initial: Carry,
@@ -77,7 +95,7 @@ def fold_trees(
 
 
 def predict_trees(
-    trees: Tree,
+    trees: AnyTree,
     x: Float[Array, "n D"],
     *,
     scale: Any = None,
@@ -87,7 +105,7 @@ def predict_trees(
     """Sum of the trees' values.
 
     Args:
-        trees: T trees of one depth, stacked.
+        trees: T trees of one size, stacked; heaps of one depth, or deep trees with room for as many leaves.
         x: rows; NaN goes left.
         scale: factors ``[T, O]``, ``[T, 1]`` or a number.
         start: the first tree that counts; may be traced.
@@ -111,7 +129,7 @@ def predict_trees(
     return fold_trees(trees, x, step, zeros, start=start, stop=stop)
 
 
-def feature_importances(trees: Tree, n_features: int) -> Float[Array, "D"]:
+def feature_importances(trees: AnyTree, n_features: int) -> Float[Array, "D"]:
     """Share of each column in what splits gain, the mean over trees ``[..., M]``; sums to 1, or 0 without any split.
 
     It is impurity that is counted, of training rows: columns with many values are flattered.

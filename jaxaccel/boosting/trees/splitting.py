@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxaccel.boosting.trees.bins import Bins
 from kernels_pallas.arrays import varying_zeros
 from kernels_pallas.node_histogram import node_histogram
 
@@ -37,14 +38,14 @@ class Rules(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What is known of the columns of a level: what the search runs over."""
+    """What is known of the columns of a level: what the search runs over. X is 1, or N if nodes see columns apart."""
 
     bins: Shaped[Array, "D n"]  # spread
-    thresholds: Float[Array, "D B"]
-    n_valid: Int[Array, "D"]
-    is_categorical: Bool[Array, "D"]
-    weight: Float[Array, "D"]
-    number: Int[Array, "D"]
+    thresholds: Float[Array, "D X B"]
+    n_valid: Int[Array, "D X"]
+    is_categorical: Bool[Array, "D X"]
+    weight: Float[Array, "D X"]
+    number: Int[Array, "D X"]
     allowed: Bool[Array, "D N"]
     chance: Float[Array, "D N"]
 
@@ -59,12 +60,48 @@ class Best(NamedTuple):
     categorical: Bool[Array, "N"]
 
 
+class Search(NamedTuple):
+    """Which columns a level's nodes see."""
+
+    weights: Float[Array, "D"]
+    """Factors of scores."""
+    drawn: Int[Array, "J N"] | None
+    """Columns of each node; ``None`` if all see all."""
+    allowed: Bool[Array, "J N"]
+    """Whether a node may be split there. J is D where ``drawn`` is ``None``."""
+    chance: Float[Array, "J N"]
+    """Which of the thresholds a random one is."""
+
+
+def draw_columns(
+    key: Any, level: Any, nodes: int, mask: Bool[Array, "D"], weights: Float[Array, "D"], drawn: int, random: bool
+) -> Search:
+    """``drawn`` of the columns of ``mask`` for each node, and thresholds if they are ``random``."""
+    columns = len(mask)
+    chosen, allowed = None, jnp.broadcast_to(mask[:, None], (columns, nodes))
+    if drawn < columns:
+        order = jax.random.uniform(jax.random.fold_in(key, 2 * level), (columns, nodes))
+        order = jnp.where(mask[:, None], order, 2.0)  # of the columns that may be used, the smallest
+        if 2 * drawn <= columns:  # looking up rows costs as much as a second column
+            smallest, chosen = jax.lax.top_k(-order.T, drawn)
+            # In the order of columns: of equal splits the first is taken.
+            chosen, smallest = jax.lax.sort((chosen.T, smallest.T), dimension=0, num_keys=1)
+            allowed = smallest > -2
+        else:
+            allowed = allowed & (jnp.argsort(jnp.argsort(order, 0), 0) < drawn)
+    chance = jnp.zeros(allowed.shape)
+    if random:
+        chance = jax.random.uniform(jax.random.fold_in(key, 2 * level + 1), allowed.shape)
+    return Search(weights, chosen, allowed, chance)
+
+
 def _value(sums: Float[Array, "K *s"], rules: Rules) -> Float[Array, "*s"]:
     """Σ s²/(w + λ) of sums whose first axis is the statistics'; 0 of no rows."""
     sums = sums[:-1] if rules.counted else sums
     weight = sums[-1] + rules.reg_lambda
     positive = weight > 0
-    return jnp.where(positive, jnp.sum(sums[:-1] ** 2, 0) / jnp.where(positive, weight, 1), 0)
+    squares = sum((s**2 for s in sums[1:-1]), sums[0] ** 2)  # as terms: a reduction would be one more pass
+    return jnp.where(positive, squares / jnp.where(positive, weight, 1), 0)
 
 
 def _score(rules: Rules, *sums: Float[Array, "K *s"]) -> Float[Array, "*s"]:
@@ -122,7 +159,7 @@ def _block(
     rules: Rules,
 ) -> Best:
     """Score all candidates of a few columns and keep the best."""
-    nodes, candidates = len(active), columns.thresholds.shape[1]
+    nodes, candidates = len(active), columns.thresholds.shape[2]
     groups = -(-(candidates + 1) // 8)
     sums = node_histogram(
         columns.bins, node, stats, n_nodes=nodes, n_bins=8 * groups, implementation=rules.implementation
@@ -131,13 +168,13 @@ def _block(
     left = running_sums(sums)
     total = left[..., -1:, -1:]
     if rules.categorical:
-        left = jnp.where(columns.is_categorical[:, None, None, None], sums, left)
+        left = jnp.where(columns.is_categorical[..., None, None], sums, left)
     right = total - left
     # What is left of an empty side by rounding must not look like a row.
     left, right = (jnp.where(side[-1] > 0.5 if rules.counted else side[-1] > 0, side, 0) for side in (left, right))
-    score = _score(rules, left, right) * columns.weight[:, None, None, None]
+    score = _score(rules, left, right) * columns.weight[..., None, None]
     number = cells(jnp.arange(candidates, dtype=jnp.int32), groups, candidates)
-    valid = number < columns.n_valid[:, None, None, None]
+    valid = number < columns.n_valid[..., None, None]
     if not rules.empties:
         least = jnp.minimum(left[-1], right[-1])
         enough = (least >= rules.min_data_in_leaf) & ((least > 0) | (rules.policy != "depthwise"))
@@ -145,8 +182,8 @@ def _block(
     valid = valid & columns.allowed[..., None, None]
     if rules.empties:
         features, thresholds = used  # [N or 1, depth]
-        same = (features[None] == columns.number[:, None, None])[..., None, None] & (
-            thresholds[None, ..., None, None] == cells(columns.thresholds, groups, jnp.nan)[:, None, None]
+        same = (features[None] == columns.number[..., None])[..., None, None] & (
+            thresholds[None, ..., None, None] == cells(columns.thresholds, groups, jnp.nan)[:, :, None]
         )
         valid = valid & ~same.any(2)
     if rules.random:
@@ -170,22 +207,52 @@ def _block(
 
 
 def best_splits(
-    columns: Columns,
+    bins: Bins,
+    ordered: Shaped[Array, "D n"],
     node: Int[Array, "n"],
     stats: Float[Array, "n K"],
     active: Bool[Array, "N"],
     used: tuple[Array, Array],
+    search: Search,
     rules: Rules,
-    block: int,
 ) -> Best:
-    """The best split of every node; ``score`` is −∞ where there is none."""
-    features = len(columns.number)
-    size = 1 if rules.policy == "oblivious" else len(active)
-    zeros = varying_zeros((stats, columns.bins), (size,), stats.dtype)
+    """The best split of every node; ``score`` is −∞ where there is none. Rows outside of ``range(N)`` are left out."""
+    nodes = len(active)
+    size = 1 if rules.policy == "oblivious" else nodes
+    apart = search.drawn is not None
+    features = len(search.allowed)
+    zeros = varying_zeros((stats, ordered), (size,), stats.dtype)
     whole = zeros.astype(jnp.int32)
     best = Best(zeros - jnp.inf, whole, whole, zeros, zeros > 0)
+    block = _block_size(features, nodes * bins.thresholds.shape[1] * stats.shape[1])
+    number = jnp.arange(features, dtype=jnp.int32)[:, None] if search.drawn is None else search.drawn
+    known = (number, search.allowed, search.chance)
+    # Rows of columns that all nodes see are passed on as they are; others are looked up.
+    rows = None if apart else ordered
     missing = -features % block
     if missing:  # columns that nothing may be split at
-        columns = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:1]).repeat(missing, 0)]), columns)
-    blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), columns)
-    return jax.lax.scan(lambda b, c: (_block(b, c, node, stats, active, used, rules), None), best, blocks)[0]
+        known, rows = jax.tree.map(
+            lambda a: jnp.concatenate([a, jnp.zeros_like(a[:1]).repeat(missing, 0)]), (known, rows)
+        )
+    blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), (known, rows))
+
+    def step(best: Best, parts: Any) -> tuple[Best, None]:
+        (number, allowed, chance), rows = parts
+        if rows is None:
+            place = number[:, jnp.clip(node, 0, size - 1)] if size > 1 else number
+            rows = ordered[place, jnp.arange(ordered.shape[1])]
+        columns = Columns(rows, bins.thresholds[number], bins.n_valid[number], bins.is_categorical[number],
+                          search.weights[number], number, allowed, chance)  # fmt: skip
+        return _block(best, columns, node, stats, active, used, rules), None
+
+    return jax.lax.scan(step, best, blocks)[0]
+
+
+def _block_size(columns: int, cells: int) -> int:
+    """Columns of a step of the search: as many as stay in a cache, elsewhere than on CPU as are worth a launch.
+
+    On CPU the step must be one of several: XLA unrolls a loop of one, and then compiles it worse.
+    """
+    if jax.default_backend() != "cpu":
+        return min(columns, 8)
+    return max(1, min(10, columns // 2, 2**19 // cells))
