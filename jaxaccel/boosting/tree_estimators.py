@@ -274,7 +274,7 @@ class RandomForestRegressor(_Regressor, _Forests):
 
     Args:
         n_trees: number of trees.
-        max_depth: of every tree, 1 to 12.
+        max_depth: of every tree, 1 to 64.
         min_data_in_leaf: least rows of a leaf.
         feature_fraction: share of columns that a node sees.
         bootstrap: whether each tree draws rows; ``out_of_bag_ [n, K]`` then are the means over trees without a row.

@@ -12,7 +12,8 @@ values of its two children are together, and the best one of all features and th
 
 - `bins`: thresholds of a table's columns, and its cells as numbers of bins.
 - `boosted`: gradient boosting. `forests`: random forests and extra-trees.
-- `growing`: `grow_tree`, heaps of up to depth 12. `deep`: `grow_deep_tree`, any depth. `splitting`: the search of the best split. `predicting`: values of rows.
+- `growing`: `grow_tree`, heaps of up to depth 12. `deep`: `grow_deep_tree`, any depth.
+- `splitting`: the search of the best split. `predicting`: values of rows.
 """
 
 from jaxaccel.boosting.trees.bins import Bins, apply_bins, fit_bins

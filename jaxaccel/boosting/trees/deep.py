@@ -63,8 +63,8 @@ def grow_deep_tree(
         binned: the table in bins ``[D, n]``, of `apply_bins`.
         stats: sums and a weight of each row ``[n, K]``: see the package.
         max_depth: 1 to 64; static, as all but arrays.
-        max_leaves: L, static; by default as many as ``max_depth`` and ``min_data_in_leaf`` allow, at most 65,536. Memory
-            grows with it. Where a level wants more, the splits that gain most are made.
+        max_leaves: L, static; by default as many as ``max_depth`` and ``min_data_in_leaf`` allow, at most 65,536.
+            Memory grows with it. Where a level wants more, the splits that gain most are made.
         score: ``"l2"``, ``"cosine"`` or ``"newton"``.
         reg_lambda: λ.
         min_data_in_leaf: least ``count`` of a side.
