@@ -97,23 +97,30 @@ def scores(kind: TaskKind, prediction: np.ndarray, y: np.ndarray) -> dict[str, f
     }
 
 
+TASKS = pathlib.Path("/proc/self/task")
+
+
+def can_pin() -> bool:
+    """Whether `one_core` has an effect on this system."""
+    return hasattr(os, "sched_setaffinity") and TASKS.exists()
+
+
 @contextlib.contextmanager
-def one_core() -> Iterator[bool]:
-    """All threads of this process, and processes that it starts, on one core; yields whether that can be had here."""
-    tasks = pathlib.Path("/proc/self/task")
-    if not hasattr(os, "sched_setaffinity") or not tasks.exists():
-        yield False
+def one_core() -> Iterator[None]:
+    """All threads of this process, and processes that it starts, on one core, where the system can do that."""
+    if not can_pin():
+        yield
         return
     before = os.sched_getaffinity(0)
 
     def place(cores: Any) -> None:
-        for task in tasks.iterdir():
+        for task in TASKS.iterdir():
             with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
                 os.sched_setaffinity(int(task.name), cores)
 
     place({max(before)})
     try:
-        yield True
+        yield
     finally:
         place(before)
 
