@@ -279,21 +279,27 @@ def _curve(config: TreesConfig, name: str, part: Mapping[str, Any]) -> Figure:
         series.append(Series(library, tuple(map(float, config.stops)), *lines))
     what = "RMSE" if part["shape"]["kind"] == "regression" else "log-loss"
     return Figure(f"{name}: boosting", "trees" if part["shape"]["kind"] != "classes" else "rounds", f"test {what}",
-                  tuple(series), y_log=True, note="band: smallest to largest over seeds")  # fmt: skip
+                  tuple(series), note="band: smallest to largest over seeds")  # fmt: skip
 
 
 def _times(config: TreesConfig, found: Mapping[str, Any]) -> Figure:
-    order = sorted(found.values(), key=lambda part: part["shape"]["rows"] * part["shape"]["columns"])
-    cells = tuple(float(part["shape"]["rows"] * part["shape"]["columns"]) for part in order)
+    """Times as slow as each other library, over the rows of the tables."""
+    order = sorted(found.values(), key=lambda part: part["shape"]["rows"])
+    rows = tuple(float(part["shape"]["rows"]) for part in order)
     series = []
     for model in config.models:
-        for library in order[0]["runs"][model]:
-            seconds = [[run["fit_s"] for run in part["runs"][model][library]] for part in order]
-            lines = (tuple(float(f(s)) for s in seconds) for f in (np.median, np.min, np.max))
-            series.append(Series(f"{model}, {library}", cells, *lines))
-    return Figure("Training", "rows · columns of the table", "seconds on one core", tuple(series), x_log=True,
-                  y_log=True, note="median over seeds, band: fastest to slowest; compilation apart; of K classes, "
-                  "boosting grows K trees a round")  # fmt: skip
+        for library in [library for library in order[0]["runs"][model] if library != OURS]:
+            pairs = [
+                [mine["fit_s"] / theirs["fit_s"] for mine, theirs in zip(part["runs"][model][OURS],
+                                                                         part["runs"][model][library], strict=True)]
+                for part in order
+            ]  # fmt: skip
+            lines = (tuple(float(f(ratios)) for ratios in pairs) for f in (np.median, np.min, np.max))
+            series.append(Series(f"{model}, {library}", rows, *lines))
+    series.append(Series("equal", rows, (1.0,) * len(rows)))
+    return Figure("Seconds of training, ours / other library's", "rows of the table", "ratio, one core", tuple(series),
+                  x_log=True, y_log=True, note="a point for each table; median over seeds, band: smallest to largest; "
+                  "compilation apart; of K classes, boosting grows K trees a round")  # fmt: skip
 
 
 def _rows(config: TreesConfig, name: str, part: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -349,7 +355,7 @@ def _headline(config: TreesConfig, found: Mapping[str, Any]) -> str:
         scores = ", ".join(parts) if model == "boosting" else f"score at most {max(behind):.3f} below scikit-learn's"
         times = f"{min(ratios):.2g} to {max(ratios):.2g}" if len(ratios) > 1 else f"{ratios[0]:.2g}"
         words.append(f"{model}: {scores}, in {times} times scikit-learn's seconds")
-    return "trees of equal settings, " + "; ".join(words)
+    return "the tree builder at settings equal to other libraries', " + "; ".join(words)
 
 
 EXPERIMENT = Experiment(

@@ -40,6 +40,15 @@ def test_boosting_takes_the_same_steps_as_scikit_learns(kind):
     np.testing.assert_array_equal(a.staged[1], a.prediction)
 
 
+@pytest.mark.skipif(trees_models.xgboost_python("") is None, reason="xgboost is not installed")
+@pytest.mark.parametrize("kind", ["regression", "binary", "classes"])
+def test_boosting_takes_the_same_steps_as_xgboosts(kind):
+    rows, settings = few_values(kind), Settings(**vars(SETTINGS) | {"min_leaf": 1})
+    mine, _ = trees_models.ours("boosting", settings, rows, (1, 4))
+    a, b = mine(rows, 0), trees_models.xgboosts(sys.executable, settings, (1, 4))(rows, 0)
+    np.testing.assert_allclose(a.staged, b.staged, rtol=1e-4, atol=1e-5)
+
+
 def test_forests_are_given_the_same_settings():
     rows = few_values("regression")
     mine, spent = trees_models.ours("extra-trees", SETTINGS, rows, (4,))
@@ -149,7 +158,10 @@ def test_what_is_shown(monkeypatch):
     assert (table.rows[0][4], table.rows[1][4]) == ("2 s", "1 s")
     assert [row[3] for row in outside.rows] == ["1.000 ± 0.000"] * 2  # NaN is left out
     assert costs.rows[0] == ("diabetes", "boosting", "1.5 s", "0.0 MB", "2.00")
-    assert [f.title for f in shown.figures] == ["diabetes: boosting", "Training"]
+    assert [f.title for f in shown.figures] == ["diabetes: boosting", "Seconds of training, ours / other library's"]
+    assert {line.label: line.y for line in shown.figures[1].series} == {
+        f"{model}, {SKLEARN}": (2.0,) for model in trees.MODELS
+    } | {"equal": (1.0,)}
     assert {(row["baseline"], row["speedup"]) for row in shown.rows} == {(SKLEARN, 0.5)}
     assert "not installed here" in shown.notes[-1]
     assert "in 2 times scikit-learn's seconds" in shown.headline
