@@ -21,7 +21,7 @@ RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
 INDEX = ROOT / "docs" / "methods" / "index.md"
 GUIDES = {"trees": "trees.md"}
-"""Experiments whose results stand on a guide in ``docs`` that several methods share, not on the page of their method."""
+"""Experiments whose results stand on a guide in ``docs``, which several methods share, and not on a method's page."""
 
 START, END = "<!-- methods:start -->", "<!-- methods:end -->"
 

@@ -187,7 +187,8 @@ def ours(model: Model, settings: Settings, rows: Rows, stops: Sequence[int]) -> 
         whole = np.int32(settings.n_trees)
         jax.block_until_ready(apply(fitted, rows.test_x, whole))  # compiles once
         prediction, predict_s = _timed(lambda: apply(fitted, rows.test_x, whole), PREDICTIONS)
-        staged, outside = (), None
+        staged: tuple[np.ndarray, ...] = ()
+        outside = None
         if model == "boosting":
             staged = tuple(np.asarray(apply(fitted, rows.test_x, np.int32(stop))) for stop in stops)
         elif model == "random forest":
