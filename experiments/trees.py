@@ -361,7 +361,7 @@ def _headline(config: TreesConfig, found: Mapping[str, Any]) -> str:
 EXPERIMENT = Experiment(
     name="trees",
     method="gbrl",
-    claim="one histogram builder gives the trees of established libraries, and is fast enough to stand under an agent",
+    claim="none; checked is whether equal settings give the quality of established libraries, and in which time",
     config=TreesConfig,
     presets={
         "quick": TreesConfig(seeds=3),
