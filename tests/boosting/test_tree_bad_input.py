@@ -55,7 +55,7 @@ def test_one_row_is_its_own_prediction(kind):
     ("y", "weight"), [([1, 1, 1, 1], None), (["a", "a", "a", "a"], None), ([0, 1, 0, 0], [1, 0, 1, 1])]
 )
 def test_labels_of_one_class(kind, y, weight):
-    with pytest.raises(ValueError, match="at least two classes .* got one class"):
+    with pytest.raises(ValueError, match=r"at least two classes .* got one class"):
         kind(**SMALL).fit(np.arange(4.0)[:, None], y, sample_weight=weight)
 
 
