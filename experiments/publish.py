@@ -1,8 +1,8 @@
 """Keeps the README and the documentation equal to the catalogue and to the newest results.
 
 Results travel in ``docs/results``: ``<experiment>.json`` is the comparison as data, ``<experiment>.md`` and the
-drawings beside it are the same for people, and the page of its method includes them. Tables stand between two marker
-comments; the rest of a file is by hand.
+drawings beside it are the same for people, and the page of its method, or a guide, includes them. Tables stand between
+two marker comments; the rest of a file is by hand.
 """
 
 import json
@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
 INDEX = ROOT / "docs" / "methods" / "index.md"
+GUIDES = {"trees": "trees.md"}
+"""Experiments whose results stand on a guide in ``docs``, which several methods share, and not on a method's page."""
 
 START, END = "<!-- methods:start -->", "<!-- methods:end -->"
 
@@ -147,9 +149,10 @@ def render_result(name: str, comparison: Comparison, run_info: dict[str, Any]) -
         f"Measured with `python -m experiments run {name} --preset {preset}` on {where}.",
     ]
     parts += [_render_table(table) for table in comparison.tables]
-    # Paths are those seen from docs/methods, whose pages include this text.
+    # Paths are those seen from the page that includes this text: one in docs/methods, or a guide in docs.
+    results_dir = "results" if name in GUIDES else "../results"
     parts += [
-        f"![{figure.title}](../results/{name}-{number}.svg)" + (f"\n\n{figure.note}" if figure.note else "")
+        f"![{figure.title}]({results_dir}/{name}-{number}.svg)" + (f"\n\n{figure.note}" if figure.note else "")
         for number, figure in enumerate(comparison.figures, 1)
     ]
     if comparison.notes:

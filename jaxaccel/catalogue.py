@@ -334,7 +334,7 @@ METHODS: tuple[Method, ...] = (
         module="jaxaccel.boosting.gbrl",
         cheaper="RL on tabular observations: boosted trees as policy and value, with a cheap histogram tree builder",
         status="done",
-        experiments=("gbrl",),
+        experiments=("gbrl", "trees"),
     ),
     Method(
         slug="gbnn",

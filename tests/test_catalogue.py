@@ -68,7 +68,7 @@ def test_the_methods_that_are_done():
         "blockffn": ("blockffn",),
         "learn2pd": ("learn2pd",),
         "qfx": ("qfx",),
-        "gbrl": ("gbrl",),
+        "gbrl": ("gbrl", "trees"),
         "gbnn": ("gbnn",),
     }
     assert registry.names() == tuple(name for method in DONE for name in method.experiments)
@@ -110,7 +110,11 @@ def test_a_done_method_has_a_page_in_the_navigation(method):
     assert f"methods/{method.slug}.md" in (ROOT / "mkdocs.yml").read_text()
     assert method.arxiv in page.read_text()
     for name in method.experiments:
-        assert f"docs/results/{name}.md" in page.read_text(), "the page shows what was measured"
+        guide = publish.GUIDES.get(name)
+        if guide is not None:
+            assert f"(../{guide})" in page.read_text()
+        shown = page if guide is None else ROOT / "docs" / guide
+        assert f"docs/results/{name}.md" in shown.read_text(), "the page shows what was measured"
 
 
 @done

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "guide.md",
+    ROOT / "docs" / "trees.md",
     *(path for path in sorted((ROOT / "docs" / "methods").glob("*.md")) if path.stem != "index"),
 ]
 

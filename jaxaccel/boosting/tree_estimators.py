@@ -127,8 +127,9 @@ class _Classifier(ClassifierMixin, _Trees):
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         weight = _check_sample_weight(sample_weight, table, dtype=np.float64)
-        if len(np.unique(labels[weight > 0])) < 2:
-            raise ValueError("the classifier needs at least two classes in rows of positive weight, got one class")
+        found = {0: "no such row", 1: "one class"}.get(len(np.unique(labels[weight > 0])))
+        if found:
+            raise ValueError(f"the classifier needs at least two classes in rows of positive weight, got {found}")
         self._fit(table, labels, sample_weight)
         return self
 

@@ -112,6 +112,11 @@ SMALLEST = {
         *("--tasks", "key_door", "--steps", "1024", "--tree-rates", "1.0", "--network-rates", "0.001"),
         *("--sizes", "64", "2", "3", "--repeats", "3"),
     ],
+    "trees": [
+        *("--tables", "diabetes", "--rows", "60", "--models", "boosting", "random forest", "--bins", "4"),
+        *("--boosted-trees", "2", "--boosted-depth", "1", "--stops", "1", "2", "--forest-trees", "4"),
+        *("--forest-depth", "1"),
+    ],
     "lion_search": ["--population", "8", "--evaluations", "16", "--steps", "20", "--funnel-programs", "2"],
 }
 
