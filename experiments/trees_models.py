@@ -148,6 +148,7 @@ def ours(model: Model, settings: Settings, rows: Rows, stops: Sequence[int]) -> 
     bins = settings.bins - 1  # so many thresholds
     shared: dict[str, Any] = {
         "n_trees": settings.n_trees, "max_depth": settings.depth, "min_data_in_leaf": settings.min_leaf,
+        "categorical": False,
     }  # fmt: skip
     if model == "boosting":
         penalty = settings.reg_lambda * (4 if kind == "binary" else 1)

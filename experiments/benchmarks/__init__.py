@@ -24,6 +24,7 @@ MODULES = (
     "diffusion_cache",
     "policy",
     "fixed_point",
+    "trees",
 )
 
 

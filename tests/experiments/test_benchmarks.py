@@ -1,5 +1,6 @@
 """Every benchmark in its smallest form: it runs, and its goals are read rightly. Speeds are not asserted here."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -26,6 +27,7 @@ from experiments.benchmarks import (
     optimizers,
     policy,
     runner,
+    trees,
 )
 from jaxaccel.caching import EfficientVLAConfig
 from jaxaccel.models import BlockFFNConfig, DecoderConfig, VLAConfig, init_params
@@ -50,6 +52,10 @@ def small(monkeypatch, task):
     monkeypatch.setattr(fixed_point, "STEPS", ((4, 6, 8),))
     monkeypatch.setattr(expert_ffn, "SIZES", ((32, 6, 8),))
     monkeypatch.setattr(expert_ffn, "ACTIVE", ((1, 2), (3, 4)))
+    few_trees = dataclasses.replace(trees.BOOSTING, n_trees=2, depth=2, bins=8)
+    tiny_trees = tuple((model, 60, 5, few_trees, "<= 1") for model in ("boosting", "random forest"))
+    monkeypatch.setattr(trees, "CASES", tiny_trees)
+    monkeypatch.setattr(trees, "TEST_ROWS", 20)
     for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():
         monkeypatch.setattr(diffusion_cache, name, value)
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)

@@ -25,8 +25,16 @@ class Bins(NamedTuple):
     is_categorical: Bool[Array, "D"]
 
 
+def _sort(column: Array) -> Array:
+    """In ascending order, NaN last. As whole numbers: XLA's sort of floats takes six times as long on CPU."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(column), jnp.nan, column), jnp.int32)
+    flip = 0x7FFFFFFF  # negative floats run backwards
+    ordered = jnp.sort(jnp.where(bits < 0, bits ^ flip, bits))
+    return jax.lax.bitcast_convert_type(jnp.where(ordered < 0, ordered ^ flip, ordered), jnp.float32)
+
+
 def _quantile(column: Array, n_bins: int) -> tuple[Array, Array]:
-    ordered = jnp.sort(column)  # NaN last
+    ordered = _sort(column)
     known = jnp.sum(~jnp.isnan(column))
     size, larger = known // (n_bins + 1), known % (n_bins + 1)
     group = jnp.arange(1, n_bins + 1)
@@ -44,7 +52,7 @@ def _uniform(column: Array, n_bins: int) -> tuple[Array, Array]:
 
 
 def _midpoint(column: Array, n_bins: int) -> tuple[Array, Array]:
-    ordered = jnp.sort(column)
+    ordered = _sort(column)
     new = jnp.concatenate([~jnp.isnan(ordered[:1]), ordered[1:] > ordered[:-1]])
     distinct = new.sum()
     # Few values: between all of them. Many: after each of equally large groups, where the value changes.

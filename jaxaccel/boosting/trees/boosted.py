@@ -53,6 +53,7 @@ def boosted_fit(
     feature_fraction: Any = 1.0,
     sample_weight: Any = None,
     num_classes: int | None = None,
+    categorical: bool | None = None,
     key: Any = None,
 ) -> BoostedTrees:
     """Fit boosted trees.
@@ -71,6 +72,7 @@ def boosted_fit(
         feature_fraction: share of columns drawn for each node.
         sample_weight: ``[n]``, not negative and not all zero.
         num_classes: of softmax.
+        categorical: ``False`` says that no column is, and saves time under ``jit``; elsewhere it is looked up.
         key: of what is drawn.
 
     Raises:
@@ -111,7 +113,7 @@ def boosted_fit(
     # Second derivatives of 1 are counts already.
     unit = not chosen.newton and sample_weight is None
     fit = _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
-               subsample=float(subsample), settings=settings, unit=unit, categorical=has_categories(bins))  # fmt: skip
+               subsample=float(subsample), settings=settings, unit=unit, categorical=has_categories(bins) if categorical is None else categorical)  # fmt: skip
     if not _traced(fit.train_loss) and not np.isfinite(np.asarray(fit.train_loss)).all():
         raise ValueError("the loss is not finite: gradients are NaN or infinite, or targets too large for float32")
     return fit

@@ -43,6 +43,7 @@ def forest_fit(
     bootstrap: bool = True,
     random_thresholds: bool = False,
     sample_weight: Any = None,
+    categorical: bool | None = None,
 ) -> Forest:
     """Fit a forest.
 
@@ -59,6 +60,7 @@ def forest_fit(
         bootstrap: whether trees draw rows.
         random_thresholds: extra-trees.
         sample_weight: ``[n]``, not negative and not all zero.
+        categorical: ``False`` says that no column is, and saves time under ``jit``; elsewhere it is looked up.
 
     Raises:
         ValueError: for settings out of range, and targets and weights that are not finite.
@@ -89,7 +91,7 @@ def forest_fit(
         bool(random_thresholds),
     )
     return _fit(bins, binned, y, weight, key, n_trees=n_trees, bootstrap=bool(bootstrap), settings=settings,
-                unit=sample_weight is None, categorical=has_categories(bins))  # fmt: skip
+                unit=sample_weight is None, categorical=has_categories(bins) if categorical is None else categorical)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("n_trees", "bootstrap", "settings", "unit", "categorical"))
