@@ -1,11 +1,16 @@
 """The tree builder against scikit-learn and xgboost: the same rows and settings, one core each, in turn.
 
-xgboost is no dependency: ``JAXACCEL_PEERS_PYTHON`` names an interpreter that has it. It times itself there.
+A process of its own is kept to one core from its start, as XLA makes as many threads as it finds cores. xgboost is no
+dependency: ``JAXACCEL_PEERS_PYTHON`` names an interpreter that has it. It times itself there.
 """
 
 import dataclasses
 import functools
+import json
 import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,6 +30,7 @@ CASES: tuple[tuple[Model, int, int, Settings, str], ...] = (
     ("random forest", 17_000, 81, dataclasses.replace(FOREST, feature_fraction=1 / 3), "<= 0.667"),
 )
 TEST_ROWS = 5_000
+ROOT = pathlib.Path(__file__).parents[2]
 MOST_REPEATS = 7
 """Fits take seconds."""
 
@@ -40,6 +46,23 @@ def friedman(rows: int, columns: int, seed: int = 0) -> Rows:
 
 def measure(options: BenchOptions) -> Iterator[Measurement]:
     """Every case: ours over the fastest of the others."""
+    yield from _in_a_process(options) if models.can_pin() else here(options)
+
+
+def _in_a_process(options: BenchOptions) -> Iterator[Measurement]:
+    command = [sys.executable, "-m", __name__, str(options.repeats)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = json.loads(line)
+        interval = found.pop("interval")
+        yield Measurement(interval=interval and tuple(interval), **found)
+    if process.wait():
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+
+
+def here(options: BenchOptions) -> Iterator[Measurement]:
+    """The same in this process."""
     peer = models.xgboost_python(os.environ.get("JAXACCEL_PEERS_PYTHON", ""))
     for case in CASES:
         yield _case(*case, peer and peer[0], options)
@@ -73,3 +96,9 @@ def _case(
         f"{model}, {rows} x {columns}, {what}: ours / {fastest}", value, interval, goal,
         f"{', '.join(parts)}; compiled in {spent.compile_s:.1f} s{missing}",
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for measurement in here(BenchOptions(repeats=int(sys.argv[1]))):
+        print(json.dumps(dataclasses.asdict(measurement)), flush=True)

@@ -56,6 +56,7 @@ def small(monkeypatch, task):
     tiny_trees = tuple((model, 60, 5, few_trees, "<= 1") for model in ("boosting", "random forest"))
     monkeypatch.setattr(trees, "CASES", tiny_trees)
     monkeypatch.setattr(trees, "TEST_ROWS", 20)
+    monkeypatch.setattr(trees, "_in_a_process", trees.here)
     for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():
         monkeypatch.setattr(diffusion_cache, name, value)
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)

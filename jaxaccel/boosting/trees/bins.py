@@ -34,8 +34,11 @@ def _sort(column: Array) -> Array:
 
 
 def _quantile(column: Array, n_bins: int) -> tuple[Array, Array]:
-    ordered = _sort(column)
-    known = jnp.sum(~jnp.isnan(column))
+    return _groups(_sort(column), n_bins)
+
+
+def _groups(ordered: Array, n_bins: int) -> tuple[Array, Array]:
+    known = jnp.sum(~jnp.isnan(ordered))
     size, larger = known // (n_bins + 1), known % (n_bins + 1)
     group = jnp.arange(1, n_bins + 1)
     last = group * size + jnp.minimum(group, larger) - 1
@@ -56,10 +59,12 @@ def _midpoint(column: Array, n_bins: int) -> tuple[Array, Array]:
     new = jnp.concatenate([~jnp.isnan(ordered[:1]), ordered[1:] > ordered[:-1]])
     distinct = new.sum()
     # Few values: between all of them. Many: after each of equally large groups, where the value changes.
-    each = jnp.nonzero(new, size=n_bins + 1, fill_value=0)[0]
-    quantile, _ = _quantile(column, n_bins)
     few = distinct <= n_bins + 1
-    lower = jnp.where(few, ordered[each][:n_bins], quantile)
+    lower = jax.lax.cond(
+        few,
+        lambda: ordered[jnp.nonzero(new, size=n_bins, fill_value=0)[0]],
+        lambda: _groups(ordered, n_bins)[0],
+    )
     known = jnp.sum(~jnp.isnan(column))
     after = jnp.searchsorted(ordered[: len(column)], lower, side="right")
     upper = ordered[jnp.minimum(after, len(column) - 1)]
@@ -167,7 +172,7 @@ def _fit(x: Array, weight: Array, *, n_bins: int, method: str, chosen: tuple[int
     n_valid, distinct = jnp.zeros(x.shape[1], jnp.int32), jnp.zeros(0, jnp.int32)
     if numeric:
         one = {"quantile": _quantile, "uniform": _uniform, "midpoint": _midpoint}[method]
-        found, valid = jax.vmap(lambda column: one(column, n_bins))(x[:, jnp.array(numeric)].T)
+        found, valid = jax.lax.map(lambda column: one(column, n_bins), x[:, jnp.array(numeric)].T)
         thresholds = thresholds.at[jnp.array(numeric)].set(found)
         n_valid = n_valid.at[jnp.array(numeric)].set(valid.astype(jnp.int32))
     if chosen:

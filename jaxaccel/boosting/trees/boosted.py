@@ -110,10 +110,11 @@ def boosted_fit(
     # Kinds are kept apart: a depth of 2.0 must not find the program of 2.
     settings = (check_depth(max_depth), float(reg_lambda), float(min_data_in_leaf), float(feature_fraction))
     key = jax.random.key(0) if key is None else key
+    kinds = has_categories(bins) if categorical is None else bool(categorical)
     # Second derivatives of 1 are counts already.
     unit = not chosen.newton and sample_weight is None
     fit = _fit(bins, binned, targets, weight, learning_rate, key, loss=chosen, n_trees=n_trees,
-               subsample=float(subsample), settings=settings, unit=unit, categorical=has_categories(bins) if categorical is None else categorical)  # fmt: skip
+               subsample=float(subsample), settings=settings, unit=unit, categorical=kinds)  # fmt: skip
     if not _traced(fit.train_loss) and not np.isfinite(np.asarray(fit.train_loss)).all():
         raise ValueError("the loss is not finite: gradients are NaN or infinite, or targets too large for float32")
     return fit

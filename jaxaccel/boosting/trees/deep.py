@@ -164,20 +164,18 @@ def _grow(
         best = jax.lax.fori_loop(0, (searched + size - 1) // size, search, empty)
         return _split(state, best, slot, row, searched, bins, binned, rules, most)
 
-    def narrow(state: _State) -> Array:
-        return (state.level < depth) & (state.width > 0)
-
     state = _State(
         jnp.int32(0), jnp.int32(0), jnp.int32(1), jnp.int32(1), jnp.zeros(n, jnp.int32), jnp.zeros(n, jnp.int32),
         DeepTree(jnp.full(total, -1, jnp.int32), jnp.full(total, jnp.inf), jnp.zeros(total, bool),
                  jnp.zeros(total, stats.dtype), jnp.zeros(total, jnp.int32), jnp.zeros((total, 0))),
     )  # fmt: skip
     for size in sizes:
-        last = size == sizes[-1]
-        state = jax.lax.while_loop(
-            lambda s, size=size, last=last: narrow(s) & (last | (s.width <= size)),
-            functools.partial(level_step, size=size), state,
-        )  # fmt: skip
+        most_nodes = widest if size == sizes[-1] else size
+
+        def goes_on(state: _State, most_nodes: int = most_nodes) -> Array:
+            return (state.level < depth) & (state.width > 0) & (state.width <= most_nodes)
+
+        state = jax.lax.while_loop(goes_on, functools.partial(level_step, size=size), state)
     leaf = jnp.where(state.node >= 0, state.base + state.node, state.leaf)
     value = leaf_values(jax.ops.segment_sum(stats, leaf, num_segments=total), rules)
     return state.tree._replace(leaf_value=value), leaf
@@ -217,10 +215,8 @@ def _split(
     at = jnp.where(split, state.base + slot, len(state.tree.feature))
     news = (best.feature, bins.thresholds[best.feature, best.bin], bins.is_categorical[best.feature],
             jnp.maximum(gain, 0), children)  # fmt: skip
-    tree = DeepTree(
-        *(a.at[at].set(b.astype(a.dtype), mode="drop") for a, b in zip(state.tree[:5], news, strict=True)),
-        state.tree.leaf_value,
-    )
+    made_tree = [a.at[at].set(b.astype(a.dtype), mode="drop") for a, b in zip(state.tree[:5], news, strict=True)]
+    tree = state.tree._replace(**dict(zip(DeepTree._fields, made_tree, strict=False)))
     place = jnp.clip(row, 0)
     goes_on = (row >= 0) & split[place]
     feature, limit = best.feature[place], best.bin[place]

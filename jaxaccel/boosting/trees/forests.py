@@ -90,8 +90,9 @@ def forest_fit(
         float(feature_fraction),
         bool(random_thresholds),
     )
+    kinds = has_categories(bins) if categorical is None else bool(categorical)
     return _fit(bins, binned, y, weight, key, n_trees=n_trees, bootstrap=bool(bootstrap), settings=settings,
-                unit=sample_weight is None, categorical=has_categories(bins) if categorical is None else categorical)  # fmt: skip
+                unit=sample_weight is None, categorical=kinds)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("n_trees", "bootstrap", "settings", "unit", "categorical"))
