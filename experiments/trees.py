@@ -33,19 +33,19 @@ class TreesConfig(Config):
     """Of a column; scikit-learn's forests try all values in place of them."""
     min_leaf: int = 1
     """Least rows of a leaf. With classes, xgboost has no such setting and is left at 1."""
-    boosted_trees: int = 50
+    boosted_trees: int = 100
     """Rounds of boosting."""
-    boosted_depth: int = 5
+    boosted_depth: int = 6
     """Depth of its trees."""
     learning_rate: float = 0.1
     """Of boosting."""
     reg_lambda: float = 1.0
     """Of boosting."""
-    stops: tuple[int, ...] = (1, 2, 5, 10, 20, 30, 40, 50)
+    stops: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 60, 80, 100)
     """Rounds after which the held-out loss is drawn."""
-    forest_trees: int = 32
+    forest_trees: int = 100
     """Trees of forests."""
-    forest_depth: int = 8
+    forest_depth: int = 12
     """Depth of their trees."""
     feature_fraction: float = 1 / 3
     """Share of columns that a node of a forest sees."""
@@ -63,9 +63,9 @@ class TreesConfig(Config):
         for name in ("min_leaf", "boosted_trees", "forest_trees"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("boosted_depth", "forest_depth"):
-            if not 1 <= getattr(self, name) <= 12:
-                raise ValueError(f"{name} must be 1 to 12, got {getattr(self, name)}")
+        for name, most in (("boosted_depth", 12), ("forest_depth", 64)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
         if not 2 <= self.bins <= 255:
             raise ValueError(f"bins must be 2 to 255, as scikit-learn has it, got {self.bins}")
         if not 0 <= self.reg_lambda < float("inf"):
@@ -370,11 +370,7 @@ EXPERIMENT = Experiment(
             tables=("california", "superconductivity", "magic", "covertype", "digits", "pixels"),
             rows=100_000,
             bins=255,
-            boosted_trees=100,
-            boosted_depth=6,
-            stops=(1, 2, 5, 10, 20, 40, 60, 80, 100),
-            forest_trees=100,
-            forest_depth=10,
+            forest_depth=20,
         ),
     },
     run=run,

@@ -175,7 +175,7 @@ def test_what_is_shown(monkeypatch):
         ({"bins": 256}, "bins must be 2 to 255"),
         ({"min_leaf": 0}, "min_leaf must be at least 1"),
         ({"boosted_depth": 13}, "boosted_depth must be 1 to 12"),
-        ({"forest_depth": 0}, "forest_depth must be 1 to 12"),
+        ({"forest_depth": 65}, "forest_depth must be 1 to 64"),
         ({"learning_rate": 0.0}, "learning rates must be positive"),
         ({"reg_lambda": -1.0}, "reg_lambda must be 0 or more"),
         ({"feature_fraction": 0.0}, "feature_fraction must be in"),
