@@ -63,7 +63,7 @@ def readme_table(results_dir: pathlib.Path = RESULTS) -> str:
             method.cheaper,
             f"`{method.module}`",
             method.status,
-            " ".join(headlines(method, results_dir)) or "—",
+            "; ".join(headlines(method, results_dir)) or "—",
         )
         for method in METHODS
     ]
@@ -78,7 +78,7 @@ def methods_index(results_dir: pathlib.Path = RESULTS) -> str:
         for method in methods:
             done = method.status == "done"
             name = f"[{method.name}]({method.slug}.md)" if done else method.name
-            measured = " ".join(headlines(method, results_dir)) or "—"
+            measured = "; ".join(headlines(method, results_dir)) or "—"
             rows.append((name, method.cheaper, f"[arXiv {method.arxiv}]({method.url})", method.status, measured))
         parts.append(
             f"## {family}\n\n" + _markdown(("method", "makes cheaper", "paper", "status", "measured here"), rows)

@@ -182,7 +182,7 @@ def compare(config: TreesConfig, found: Mapping[str, Any], *, xgboost: str | Non
     tables = [_score_table(config, name, part, xgboost) for name, part in found.items()]
     if "random forest" in config.models:
         tables.append(_out_of_bag_table(found))
-    tables.append(_cost_table(found))
+    tables.append(_cost_table(config, found))
     figures = [_curve(config, name, part) for name, part in found.items() if "boosting" in config.models]
     rows = [row for name, part in found.items() for row in _rows(config, name, part)]
     return Comparison(
@@ -211,8 +211,8 @@ def _score_table(config: TreesConfig, name: str, part: Mapping[str, Any], xgboos
     shape = part["shape"]
     names = list(models.scores(shape["kind"], *_any(shape)))
     lines: list[tuple[Cell, ...]] = []
-    for model, libraries in part["runs"].items():
-        for library, runs in libraries.items():
+    for model in config.models:
+        for library, runs in part["runs"][model].items():
             lines.append(
                 (model, library, *(spread(_values(runs, score)) for score in names),
                  _seconds(_median(runs, "fit_s")), _seconds(_median(runs, "predict_s")))
@@ -243,7 +243,7 @@ def _out_of_bag_table(found: Mapping[str, Any]) -> Table:
     lines = []
     for name, part in found.items():
         for library, runs in part["runs"]["random forest"].items():
-            score = next(iter(runs[0]["scores"]))
+            score = models.MAIN_SCORE[part["shape"]["kind"]]
             outside = [run["out_of_bag"][score] for run in runs if "out_of_bag" in run]
             held = _values([run for run in runs if "out_of_bag" in run], score)
             gaps = [a - b for a, b in zip(outside, held, strict=True)]
@@ -256,10 +256,11 @@ def _out_of_bag_table(found: Mapping[str, Any]) -> Table:
     )
 
 
-def _cost_table(found: Mapping[str, Any]) -> Table:
+def _cost_table(config: TreesConfig, found: Mapping[str, Any]) -> Table:
     lines = []
     for name, part in found.items():
-        for model, spent in part["costs"].items():
+        for model in config.models:
+            spent = part["costs"][model]
             peak = None if spent["peak_bytes"] is None else f"{spent['peak_bytes'] / 1e6:.1f} MB"
             mine, theirs = (_median(part["runs"][model][library], "fit_s") for library in (OURS, SKLEARN))
             lines.append((name, model, f"{spent['compile_s']:.1f} s", peak, f"{mine / theirs:.2f}"))
@@ -305,10 +306,11 @@ def _times(config: TreesConfig, found: Mapping[str, Any]) -> Figure:
 def _rows(config: TreesConfig, name: str, part: Mapping[str, Any]) -> list[dict[str, Any]]:
     shape = part["shape"]
     rows = []
-    for model, libraries in part["runs"].items():
+    for model in config.models:
+        libraries = part["runs"][model]
         settings = config.settings(model)
         mine = libraries[OURS]
-        score = next(iter(mine[0]["scores"]))
+        score = models.MAIN_SCORE[shape["kind"]]
         for library in [library for library in libraries if library != OURS]:
             theirs = libraries[library]
             seconds = [[run["fit_s"] for run in runs] for runs in (theirs, mine)]
@@ -340,22 +342,24 @@ def _rows(config: TreesConfig, name: str, part: Mapping[str, Any]) -> list[dict[
 
 
 def _headline(config: TreesConfig, found: Mapping[str, Any]) -> str:
-    """Scores of boosting, how far those of forests fall behind, and the range of the times."""
+    """How far scores are from scikit-learn's, and the range of the times."""
     words = []
     for model in config.models:
-        parts, ratios, behind = [], [], []
-        for name, part in found.items():
+        ratios, differences = [], []
+        for part in found.values():
             libraries = part["runs"][model]
-            score = next(iter(libraries[OURS][0]["scores"]))
-            means = {library: float(np.mean(_values(runs, score))) for library, runs in libraries.items()}
-            others = ", ".join(f"{library} {mean:.3f}" for library, mean in means.items() if library != OURS)
-            parts.append(f"{name} {score} {means[OURS]:.3f} ({others})")
-            behind.append(means[SKLEARN] - means[OURS])
+            score = models.MAIN_SCORE[part["shape"]["kind"]]
+            mine, theirs = (float(np.mean(_values(libraries[library], score))) for library in (OURS, SKLEARN))
+            differences.append(mine - theirs)
             ratios.append(_median(libraries[OURS], "fit_s") / _median(libraries[SKLEARN], "fit_s"))
-        scores = ", ".join(parts) if model == "boosting" else f"score at most {max(behind):.3f} below scikit-learn's"
-        times = f"{min(ratios):.2g} to {max(ratios):.2g}" if len(ratios) > 1 else f"{ratios[0]:.2g}"
-        words.append(f"{model}: {scores}, in {times} times scikit-learn's seconds")
-    return "the tree builder at settings equal to other libraries', " + "; ".join(words)
+        away, times = _range(differences, "+.3f"), _range(ratios, ".2g")
+        words.append(f"{model} {away} of scikit-learn's R² or accuracy, in {times} times its seconds")
+    return "trees at equal settings: " + "; ".join(words)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    ends = [format(value, form) for value in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
 
 
 EXPERIMENT = Experiment(

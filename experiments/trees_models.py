@@ -29,6 +29,7 @@ Model = Literal["boosting", "random forest", "extra-trees"]
 MODELS: tuple[Model, ...] = ("boosting", "random forest", "extra-trees")
 OURS, SKLEARN, XGBOOST = "jaxaccel", "scikit-learn", "xgboost"
 LOSSES = {"regression": "squared", "binary": "logistic", "classes": "softmax"}
+MAIN_SCORE = {"regression": "R²", "binary": "accuracy", "classes": "accuracy"}
 SCRIPT = pathlib.Path(__file__).with_name("trees_xgboost.py")
 
 

@@ -1,5 +1,6 @@
 """The experiment on trees: what is equal between libraries, what is measured, and what is shown."""
 
+import json
 import os
 import sys
 
@@ -164,7 +165,18 @@ def test_what_is_shown(monkeypatch):
     } | {"equal": (1.0,)}
     assert {(row["baseline"], row["speedup"]) for row in shown.rows} == {(SKLEARN, 0.5)}
     assert "not installed here" in shown.notes[-1]
-    assert "in 2 times scikit-learn's seconds" in shown.headline
+    assert "in 2 times its seconds" in shown.headline
+
+
+def test_a_resumed_run_shows_the_same(monkeypatch):
+    compare, kept = trees.compare, []
+    monkeypatch.setattr(
+        trees, "compare", lambda *words, **named: kept.append((words, named)) or compare(*words, **named)
+    )
+    _, shown = compared(monkeypatch)
+    (config, found), named = kept[0]
+    read = json.loads(json.dumps(found, sort_keys=True))  # as a session keeps it
+    assert compare(config, read, **named) == shown
 
 
 @pytest.mark.parametrize(
