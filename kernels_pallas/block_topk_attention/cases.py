@@ -6,9 +6,9 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.block_topk_attention import gpu, tpu
+from kernels_pallas.block_topk_attention import gpu, tpu, xla
 from kernels_pallas.block_topk_attention.plan import Layout, Plan
-from kernels_pallas.prove.cases import Case, Program, Shape
+from kernels_pallas.prove.cases import Case, Program, Shape, normals
 
 
 def _decode(module: ModuleType, layout: Layout) -> Callable[[Shape], Program]:
@@ -34,6 +34,21 @@ def _decode(module: ModuleType, layout: Layout) -> Callable[[Shape], Program]:
         ) -> jax.Array:
             return module.attend(q, k, v, blocks, length, plan, jnp.float32(width**-0.5), layout)
 
+        def equation(
+            q: jax.Array, blocks: jax.Array, length: jax.Array, k: jax.Array, v: jax.Array | None = None
+        ) -> jax.Array:
+            return xla.attend(q, k, v, blocks, length, plan, jnp.float32(width**-0.5), layout)[0]
+
+        def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+            def choose(key: jax.Array) -> jax.Array:
+                found = jax.random.choice(key, plan.total - plan.first, (plan.num_blocks,), replace=False)
+                return jnp.sort(found + plan.first).astype(jnp.int32)
+
+            query, *rest = normals(key, (arguments[0], *caches))
+            keys = jax.random.split(jax.random.fold_in(key, 1), batch * heads)
+            blocks = jax.lax.map(choose, keys).reshape(batch, heads, -1)
+            return query, blocks, jnp.full((batch,), size, jnp.int32), *rest
+
         item = dtype.itemsize
         # Grid, copies that are started (no loop where they are few), pages without a block that are cleared.
         loops = (None, None, 0) if plan.num_blocks + plan.tail_blocks > tpu.UNROLL else (None, 0)
@@ -45,6 +60,8 @@ def _decode(module: ModuleType, layout: Layout) -> Callable[[Shape], Program]:
             bytes=read + 2.0 * batch * num_heads * width * item + 4.0 * batch * heads * plan.num_blocks,
             trips={"block_topk_decode": loops} if module is tpu else {},
             note=f"{plan.rows} of {size} rows, all blocks in use; choosing them is XLA's and not counted",
+            draw=draw,
+            equation=equation,
         )
 
     return build

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.expert_ffn import gpu, tpu
 from kernels_pallas.expert_ffn.problem import Active
-from kernels_pallas.prove.cases import Case, Program, Shape
+from kernels_pallas.expert_ffn.reference import naive
+from kernels_pallas.prove.cases import Case, Program, Shape, normals
 
 
 def _forward(module: ModuleType) -> Callable[[Shape], Program]:
@@ -29,6 +30,16 @@ def _forward(module: ModuleType) -> Callable[[Shape], Program]:
                 x, up, down, scores, Active(ids, number), 0, activation="silu", max_active=experts
             )  # fmt: skip
 
+        def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+            of_ids, of_scores = jax.random.split(jax.random.fold_in(key, 1))
+            tokens_, up, down = normals(key, (x, weights, weights))
+            up, down = ((w.astype(jnp.float32) * n**-0.5).astype(dtype) for w, n in ((up, width), (down, size)))
+            order = jax.random.permutation(of_ids, experts).astype(jnp.int32)
+            # The union: every active expert counts for every token, the others for none.
+            used = jnp.zeros(experts, bool).at[order[:active]].set(True)
+            chosen = jnp.where(used, jax.random.uniform(of_scores, scores.shape), 0).astype(dtype)
+            return tokens_, up, down, chosen, order, jnp.int32(active)
+
         item = dtype.itemsize
         return Program(
             function,
@@ -37,6 +48,8 @@ def _forward(module: ModuleType) -> Callable[[Shape], Program]:
             bytes=2.0 * active * size * width * item + 2.0 * tokens * width * item + tokens * experts * item,
             busy=active / experts,
             note="bytes and FLOPs are those of the active experts; finding which ones is XLA's and not counted",
+            draw=draw,
+            equation=lambda x, up, down, scores, ids, number: naive(x, up, down, scores),
         )
 
     return build

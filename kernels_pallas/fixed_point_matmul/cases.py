@@ -29,6 +29,23 @@ def _bytes(shape: Shape, x_reads: float | int, w_reads: float | int) -> float:
     return float(m * k * x_reads + k * n * w_reads + m * n + 4 * n)
 
 
+def _draw(shape: Shape) -> Callable[[jax.Array], tuple[Any, ...]]:
+    def draw(key: jax.Array) -> tuple[Any, ...]:
+        keys = jax.random.split(key, 3)
+        x, w, b = _arrays(shape)
+        small = [
+            jax.random.randint(k, a.shape, -128, 128, jnp.int32).astype(a.dtype)
+            for k, a in zip(keys, (x, w), strict=False)
+        ]
+        return *small, jax.random.randint(keys[2], b.shape, -(2**14), 2**14, b.dtype)
+
+    return draw
+
+
+def _equation(x: Any, w: Any, b: Any) -> Any:
+    return finish(int_dot(x, w), b, **MODES)
+
+
 def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
     def build(shape: Shape) -> Program:
         m, k, n = (shape[name] for name in ("M", "K", "N"))
@@ -52,6 +69,8 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
             bytes=_bytes(shape, x_reads, w_reads),
             busy=busy,
             note="an int8 operation counts as half a FLOP of bf16",
+            draw=_draw(shape),
+            equation=_equation,
         )
 
     return build
@@ -60,11 +79,12 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
 def _xla(shape: Shape) -> Program:
     """XLA's product of int8 and the same epilogue: the peer."""
     return Program(
-        lambda x, w, b: finish(int_dot(x, w), b, **MODES),
+        _equation,
         _arrays(shape),
         flops=1.0 * shape["M"] * shape["K"] * shape["N"],
         bytes=_bytes(shape, 1, 1),
         note="what XLA makes of the equation",
+        draw=_draw(shape),
     )
 
 

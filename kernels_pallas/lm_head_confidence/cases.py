@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.lm_head_confidence import gpu, tpu
-from kernels_pallas.prove.cases import Case, Program, Shape
+from kernels_pallas.lm_head_confidence.reference import naive
+from kernels_pallas.prove.cases import Case, Program, Shape, normals
+
+
+def _draw(key: jax.Array, hidden: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
+    """Logits with a spread of about 3: the likeliest tokens have a probability that can be read."""
+    rows, matrix = normals(key, (hidden, weight))
+    return rows, (matrix.astype(jnp.float32) * 3 * weight.shape[1] ** -0.5).astype(weight.dtype)
 
 
 def _confidence(module: ModuleType) -> Callable[[Shape], Program]:
@@ -23,6 +30,8 @@ def _confidence(module: ModuleType) -> Callable[[Shape], Program]:
             flops=2.0 * rows * size * width,
             bytes=float(dtype.itemsize * width * (size + rows)),
             note="the matrix read once, no logits written",
+            draw=lambda key: _draw(key, *arguments),
+            equation=lambda hidden, weight: naive(hidden, weight, size - 1),
         )
 
     return build
@@ -38,12 +47,14 @@ def _logits(shape: Shape) -> Program:
         token = jnp.argmax(logits.at[:, size - 1].set(-jnp.inf), -1)
         return token, jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], -1)[:, 0]
 
+    arguments = jax.ShapeDtypeStruct((rows, width), dtype), jax.ShapeDtypeStruct((size, width), dtype)
     return Program(
         function,
-        (jax.ShapeDtypeStruct((rows, width), dtype), jax.ShapeDtypeStruct((size, width), dtype)),
+        arguments,
         flops=2.0 * rows * size * width,
         bytes=float(dtype.itemsize * width * (size + rows) + 8 * rows * size),
         note="logits written in float32 and read again once",
+        draw=lambda key: _draw(key, *arguments),
     )
 
 

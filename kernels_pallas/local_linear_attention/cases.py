@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.local_linear_attention import gpu, gpu_decode, gpu_plan, tpu, tpu_decode
+from kernels_pallas.local_linear_attention import decode, gpu, gpu_decode, gpu_plan, tpu, tpu_decode, xla
 from kernels_pallas.local_linear_attention.problem import Cotangents, Forward, Inputs, Options
 from kernels_pallas.local_linear_attention.tpu_pieces import (
     Precision,
@@ -25,7 +25,7 @@ from kernels_pallas.local_linear_attention.tpu_pieces import (
 )
 from kernels_pallas.local_linear_attention.tpu_plan import Plan, plan_of
 from kernels_pallas.local_linear_attention.tpu_rows import Layout
-from kernels_pallas.prove.cases import Case, Program, Shape
+from kernels_pallas.prove.cases import Case, Program, Shape, normals
 
 OP = "local_linear_attention"
 F32 = jnp.float32
@@ -47,6 +47,53 @@ def _saved(inputs: Inputs) -> tuple[Forward, Cotangents]:
     x, number = jax.ShapeDtypeStruct(inputs.q.shape, F32), jax.ShapeDtypeStruct(rows, F32)
     count = jax.ShapeDtypeStruct(rows, jnp.int32)
     return Forward(*cast(Any, (out, x, x, number, count))), Cotangents(*cast(Any, (out, x, number)))
+
+
+def _draw_inputs(key: jax.Array, inputs: Inputs) -> Inputs:
+    q, k, v = normals(key, (inputs.q, inputs.k, inputs.v))
+    scale = jnp.asarray(inputs.q.shape[-1] ** -0.5, F32)
+    return Inputs(q, k, v, scale, jnp.ones(inputs.ridge.shape), jnp.int32(0))
+
+
+def _forward_equation(*arrays: Any) -> tuple[Any, ...]:
+    """Without the iterations, of which the kernels' tiles have counts of their own."""
+    return tuple(xla.forward(Inputs(*arrays), CAUSAL)[:4])
+
+
+def _backward_runs(inputs: Inputs) -> dict[str, Any]:
+    """How the backward pass is drawn and what it should give."""
+    structure = jax.tree.structure((inputs, *_saved(inputs)))
+
+    def draw(key: jax.Array) -> tuple[Any, ...]:
+        drawn = _draw_inputs(key, inputs)
+        _, cot = _saved(inputs)
+        saved = jax.jit(lambda x: xla.forward(x, CAUSAL))(drawn)
+        return tuple(jax.tree.leaves((drawn, saved, Cotangents(*normals(jax.random.fold_in(key, 1), cot)))))
+
+    def equation(*arrays: Any) -> tuple[Any, ...]:
+        given, saved, cot = jax.tree.unflatten(structure, arrays)
+        return tuple(xla.backward(given, CAUSAL, saved, cot))
+
+    return {"draw": draw, "equation": equation}
+
+
+def _decode_runs(arguments: tuple[Any, ...], keys_last: bool = False) -> dict[str, Any]:
+    """How a step is drawn and what it should give; without a ridge, the moments."""
+    q, k, v, length, _, *ridge = arguments
+    slots = k.shape[-1 if keys_last else 1]
+
+    def draw(key: jax.Array) -> tuple[Any, ...]:
+        full = jnp.full(length.shape, slots, jnp.int32)
+        return *normals(key, (q, k, v)), full, F32(q.shape[-1] ** -0.5), *(jnp.ones(r.shape) for r in ridge)
+
+    def equation(q: jax.Array, k: jax.Array, v: jax.Array, length: Any, scale: Any, *ridge: Any) -> Any:
+        if keys_last:
+            k, v = (jnp.moveaxis(x, -1, 1) for x in (k, v))
+        if ridge:
+            return decode.decode(q, k, v, length, scale, ridge[0], STEP)[0]
+        return tuple(decode.partial_state(q, k, v, length, scale))
+
+    return {"draw": draw, "equation": equation}
 
 
 def _flat(function: Callable[..., Any], *trees: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -147,6 +194,8 @@ def _tpu_forward(shape: Shape) -> Program:
             )
         },
         note=_note(n, plan.is_cached),
+        draw=lambda key: tuple(_draw_inputs(key, inputs)[:6]),
+        equation=_forward_equation,
     )
 
 
@@ -178,6 +227,7 @@ def _tpu_backward(shape: Shape) -> Program:
             "lla_backward_keys": (visits,),  # the grid's other steps do nothing
         },
         note=_note(n, plan.is_cached),
+        **_backward_runs(inputs),
     )
 
 
@@ -198,6 +248,8 @@ def _gpu_forward(shape: Shape) -> Program:
         flops=work.forward(shape["iterations"], False),
         bytes=_bytes(inputs, saved),
         note=note,
+        draw=lambda key: tuple(_draw_inputs(key, inputs)[:6]),
+        equation=_forward_equation,
     )
 
 
@@ -212,6 +264,7 @@ def _gpu_backward(shape: Shape) -> Program:
         flops=work.backward(shape["iterations"], False),
         bytes=2 * _bytes(inputs, *_saved(inputs)) + 16.0 * inputs.q.size,
         note=note,
+        **_backward_runs(inputs),
     )
 
 
@@ -248,6 +301,7 @@ def _tpu_decode(shape: Shape) -> Program:
         bytes=_bytes(*arguments[1:3]) + batch * heads * 16.0 * size,
         trips={"lla_decode": (*trips, solves, n)},
         note=f"all slots in use, {n} iterations assumed",
+        **_decode_runs(arguments, keys_last=True),
     )
 
 
@@ -262,6 +316,7 @@ def _tpu_moments(shape: Shape) -> Program:
         bytes=_bytes(k, v) + 4.0 * shape["B"] * shape["N"] * (2 * size * size + 8 * (2 * size + 128)),
         trips={"lla_moments": trips},
         note="all slots in use",
+        **_decode_runs((q, k, v, length, scale)),
     )
 
 
@@ -281,6 +336,7 @@ def _gpu_decode(shape: Shape) -> Program:
         flops=2.0 * batch * heads * slots * (size + gpu_decode.MIN_SIZE / products) * 2 * size * products,
         bytes=_bytes(k, v) + 2 * moments + batch * heads * 12.0 * size,
         note=f"all slots in use; {parts} programs share the keys of a head; the second kernel merges and solves",
+        **_decode_runs(arguments),
     )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.modulated_residual import differentiable, gpu, tpu
-from kernels_pallas.modulated_residual.reference import reference
-from kernels_pallas.prove.cases import Case, Program, Shape
+from kernels_pallas.modulated_residual import differentiable, gpu, tpu, xla
+from kernels_pallas.modulated_residual.reference import modulate, reference
+from kernels_pallas.prove.cases import Case, Program, Shape, normals
 
 EPS = 1e-6
 
@@ -37,28 +37,50 @@ def _unpack(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return flat
 
 
+def _xla(x: Any, branches: Any, gates: Any, shift: Any, scale: Any) -> Any:
+    return reference(x, branches, gates, shift, scale, EPS)
+
+
+def _xla_gradient(x: Any, branches: Any, gates: Any, shift: Any, scale: Any, into_new: Any, into_h: Any) -> Any:
+    _, back = jax.vjp(_xla, x, branches, gates, shift, scale)
+    return back((into_new, into_h))
+
+
+def _gradient(new: Any, branches: Any, gates: Any, shift: Any, scale: Any, into_new: Any, into_h: Any) -> Any:
+    """What the backward kernels give, in float32: gradients of x and the branches, and of gates, shift and scale."""
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (new, branches, gates, shift, scale, into_new, into_h))
+    new, branches, gates, shift, scale, into_new, into_h = wide
+    _, back = jax.vjp(lambda new, shift, scale: modulate(new, shift, scale, EPS), new, shift, scale)
+    through_norm, *into_mods = back(into_h)
+    into_x = into_new + through_norm
+    into_gates = [(into_x * branch).sum(1) for branch in branches]
+    return into_x, [gate[:, None] * into_x for gate in gates], jnp.stack([*into_gates, *into_mods], 1)
+
+
 def _forward(run: Callable[..., Any], passes: Callable[[int], float], note: str) -> Callable[[Shape], Program]:
     def build(shape: Shape) -> Program:
         count = shape["K"]
         return Program(
-            _unpack(run, count), _arrays(shape), flops=0, bytes=_bytes(shape, passes(count)), note=note
+            _unpack(run, count), _arrays(shape), flops=0, bytes=_bytes(shape, passes(count)), note=note,
+            equation=None if run is _xla else _unpack(_xla, count),
         )  # fmt: skip
 
     return build
 
 
 def _backward(run: Callable[..., Any], passes: Callable[[int], float], note: str) -> Callable[[Shape], Program]:
-    """The gradient alone: x′ is given."""
+    """The gradient alone: x′ is given, but to XLA, which makes it again."""
 
     def build(shape: Shape) -> Program:
         count, arrays = shape["K"], _arrays(shape)
 
-        def function(x: Any, *rest: Any) -> Any:
-            return run(x, rest[:count], rest[count : 2 * count], *rest[2 * count :])
+        def flat(run: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda x, *rest: run(x, rest[:count], rest[count : 2 * count], *rest[2 * count :])
 
         return Program(
-            function, (*arrays, arrays[0], arrays[0]), flops=0, bytes=_bytes(shape, passes(count)), note=note
-        )
+            flat(run), (*arrays, arrays[0], arrays[0]), flops=0, bytes=_bytes(shape, passes(count)), note=note,
+            equation=None if run is _xla_gradient else flat(_gradient),
+        )  # fmt: skip
 
     return build
 
@@ -68,29 +90,30 @@ def _rows(module: ModuleType) -> Callable[[Shape], Program]:
         count, samples = shape["K"], shape["B"]
         limit = samples // 2
 
-        def function(order: Any, number: Any, x: Any, *rest: Any) -> Any:
-            branches, gates = rest[:count], rest[count : 2 * count]
-            return module.forward_rows(x, branches, gates, *rest[2 * count :], EPS, order, number, limit)
+        arrays = _arrays(shape)
+
+        def flat(module: ModuleType) -> Callable[..., Any]:
+            def function(order: Any, number: Any, x: Any, *rest: Any) -> Any:
+                branches, gates = rest[:count], rest[count : 2 * count]
+                return module.forward_rows(x, branches, gates, *rest[2 * count :], EPS, order, number, limit)
+
+            return function
+
+        def draw(key: jax.Array) -> tuple[Any, ...]:
+            return jax.random.permutation(key, samples).astype(jnp.int32), jnp.int32(limit), *normals(key, arrays)
 
         scalars = jax.ShapeDtypeStruct((samples,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         return Program(
-            function,
-            (*scalars, *_arrays(shape)),
+            flat(module),
+            (*scalars, *arrays),
             flops=0,
             bytes=_bytes(shape, 2.5 + count),
             note="half of the samples compute the next branch",
+            draw=draw,
+            equation=None if module is xla else flat(xla),
         )
 
     return build
-
-
-def _xla_gradient(x: Any, branches: Any, gates: Any, shift: Any, scale: Any, into_new: Any, into_h: Any) -> Any:
-    _, back = jax.vjp(_xla, x, branches, gates, shift, scale)
-    return back((into_new, into_h))
-
-
-def _xla(x: Any, branches: Any, gates: Any, shift: Any, scale: Any) -> Any:
-    return reference(x, branches, gates, shift, scale, EPS)
 
 
 _DIT = {"B": 64, "N": 256, "D": 1152, "K": 2, "dtype": "bfloat16"}
@@ -135,7 +158,7 @@ def _cases(family: str, module: ModuleType, targets: tuple[str, ...]) -> tuple[C
             targets,
             back,
         ),
-        Case("modulated_residual", "rows", family, _rows(module), (_DIT,), targets),
+        Case("modulated_residual", "rows", family, _rows(module), (_DIT,), targets, {"xla": _rows(xla)}),
     )
 
 

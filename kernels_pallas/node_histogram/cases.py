@@ -26,6 +26,20 @@ def _bytes(shape: Shape, bin_bytes: int | float, stat_bytes: int | float) -> flo
     return rows * (bin_bytes * features + 4 + stat_bytes * stats) + 4.0 * features * nodes * bins * stats
 
 
+def _draw(shape: Shape) -> Callable[[jax.Array], tuple[Any, ...]]:
+    rows, features, nodes, bins, stats = (shape[name] for name in ("n", "F", "N", "B", "K"))
+
+    def draw(key: jax.Array) -> tuple[Any, ...]:
+        of_bins, of_nodes, of_stats = jax.random.split(key, 3)
+        return (
+            jax.random.randint(of_bins, (features, rows), 0, bins).astype(jnp.uint8),
+            jax.random.randint(of_nodes, (rows,), 0, nodes, jnp.int32),
+            jax.random.normal(of_stats, (rows, stats)),
+        )
+
+    return draw
+
+
 def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
     def build(shape: Shape) -> Program:
         arrays, nodes, bins = _arrays(shape), shape["N"], shape["B"]
@@ -41,6 +55,8 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
             bytes=_bytes(shape, 1 + 2 * 4, 4 + 2 * 2 * PIECES),
             trips={"node_histogram": (None, together)} if module is tpu else {},
             note="three passes of products with zeros and ones",
+            draw=_draw(shape),
+            equation=lambda rows, node, stats: xla.histogram(rows, node, stats, nodes, bins),
         )
 
     return build
@@ -55,6 +71,7 @@ def _scatter(shape: Shape) -> Program:
         flops=0,
         bytes=_bytes(shape, 1, 4.0 * shape["F"]) + 4.0 * shape["n"] * (shape["F"] - 1),
         note="a scatter for each feature; how long its additions take is not counted",
+        draw=_draw(shape),
     )
 
 

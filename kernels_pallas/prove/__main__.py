@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from kernels_pallas.prove import compilers
 from kernels_pallas.prove.cases import Case, find_cases, find_ops
-from kernels_pallas.prove.proving import Proof, jobs_of, prove
-from kernels_pallas.prove.table import render
+from kernels_pallas.prove.measuring import Measured, measure
+from kernels_pallas.prove.proving import Job, Proof, jobs_of, prove
+from kernels_pallas.prove.table import duration, render, render_measured
 from kernels_pallas.prove.targets import TARGETS
 
 
@@ -51,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--loops", action="store_true", help="show every loop of TPU kernels, not only the hottest")
     made.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     made.add_argument("--timeout", type=float, default=300.0, help="seconds that one compilation may take")
+    made.add_argument(
+        "--measure",
+        action="store_true",
+        help="instead of compiling for chips that are not here, run the programs on the TPU or GPU that is, and compare"
+        " their results with the equations",
+    )
     made.add_argument("--install", action="store_true", help="install the compilers (about 1.1 GB) into a cache folder")
     return made
 
@@ -67,6 +76,17 @@ def _select(options: argparse.Namespace) -> list[Case]:
     return chosen
 
 
+def _measure(jobs: Sequence[Job], markdown: bool) -> int:
+    def report(result: Measured) -> None:
+        verdict = duration(result.median) if result.seconds else "FAILED"
+        print(f"{result.job.name}: {verdict}", file=sys.stderr, flush=True)
+
+    print(f"compiling {len(jobs)} programs for {jax.devices()[0].device_kind}", file=sys.stderr, flush=True)
+    results = measure(jobs, on_done=report)
+    print(render_measured(results, markdown=markdown))
+    return 0 if all(result.seconds for result in results) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = parser().parse_args(arguments)
@@ -81,11 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for shape in case.shapes:
                     print("    " + " ".join(f"{name}={value}" for name, value in shape.items()))
             return 0
+        if options.measure and (family := jax.default_backend()) not in ("tpu", "gpu"):
+            raise ValueError(f"measure needs a TPU or GPU, and JAX's first device is a {family}")
         peers = None if options.compare and "all" in options.compare else options.compare or ()
         shapes = [parse_shape(text) for text in options.shape] if options.shape else None
-        jobs = jobs_of(cases, targets=options.target, shapes=shapes, peers=peers)
+        targets = options.target
+        if options.measure:  # any target of the family will do: programs run on what is here
+            cases = [case for case in cases if case.family == family]
+            targets = [next(name for name, target in TARGETS.items() if target.family == family)]
+        jobs = jobs_of(cases, targets=targets, shapes=shapes, peers=peers)
         if not jobs:
             raise ValueError(f"target is {options.target}, and no kernel chosen is made for that family of chips")
+        if options.measure:
+            return _measure(jobs, options.markdown)
         done = 0
 
         def report(proof: Proof) -> None:

@@ -28,6 +28,9 @@ class Program:
         busy: the fraction of grid steps that do the work, for kernels that skip steps by a condition (``pl.when``).
             TPU only.
         note: what a reader of the table should know, such as how many iterations were assumed.
+        draw: makes arguments of a key, where a program runs on a chip; needed where some are no floats. Standard
+            normals if ``None``.
+        equation: the same function, slowly and without a kernel: what results are compared with, where a program runs.
     """
 
     function: Callable[..., Any]
@@ -37,6 +40,23 @@ class Program:
     trips: Mapping[str, tuple[int | float | None, ...]] = dataclasses.field(default_factory=dict)
     busy: int | float = 1.0
     note: str = ""
+    draw: Callable[[jax.Array], tuple[Any, ...]] | None = None
+    equation: Callable[..., Any] | None = None
+
+
+def normals(key: jax.Array, arguments: Sequence[Any]) -> tuple[jax.Array, ...]:
+    """Standard normals of these shapes and dtypes.
+
+    Raises:
+        ValueError: for a dtype of whole numbers, which only an author can draw.
+    """
+    for index, argument in enumerate(arguments):
+        if not jax.numpy.issubdtype(argument.dtype, jax.numpy.floating):
+            raise ValueError(f"argument {index} has dtype {argument.dtype}: the case must say how to draw it (draw)")
+    keys = jax.random.split(key, max(len(arguments), 1))
+    return tuple(
+        jax.random.normal(k, a.shape, jax.numpy.float32).astype(a.dtype) for k, a in zip(keys, arguments, strict=False)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from kernels_pallas.prove.cases import Program, Shape
+from kernels_pallas.prove.cases import Program, Shape, normals
 
 FLASH_BLOCK = 1024
 SPLASH_BLOCK = 1024
@@ -108,12 +108,18 @@ def paged_decode(shape: Shape) -> Program:
     query = jax.ShapeDtypeStruct((shape["B"], shape["N"], shape["H"]), jnp.dtype(shape["dtype"]))
     lengths = jax.ShapeDtypeStruct((shape["B"],), jnp.int32)
     table = jax.ShapeDtypeStruct((shape["B"], pages), jnp.int32)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+        own = jnp.arange(shape["B"] * pages, dtype=jnp.int32).reshape(table.shape)
+        return *normals(key, (query, cache, cache)), jnp.full(lengths.shape, shape["S"], jnp.int32), own
+
     return Program(
         lambda q, k, v, n, t: paged_attention(q, k, v, n, t, pages_per_compute_block=compute),
         (query, cache, cache, lengths, table),
         flops=4.0 * shape["B"] * shape["N"] * shape["S"] * shape["H"],
         bytes=2.0 * shape["B"] * shape["K"] * shape["S"] * shape["H"] * _item(shape),
         note=f"dense decode of one token, pages of {page}",
+        draw=draw,
     )
 
 
@@ -169,6 +175,9 @@ def megablox_ffn(shape: Shape) -> Program:
     weights = jax.ShapeDtypeStruct((experts, size, width), dtype)
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
 
+    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+        return *normals(key, (sorted_tokens, weights, weights)), jnp.where(jnp.arange(experts) < active, rows, 0)
+
     def function(x: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array) -> jax.Array:
         hidden = megablox.gmm(x, up, sizes, tiling=(rows, width, size), transpose_rhs=True)
         out = megablox.gmm(jax.nn.silu(hidden).astype(dtype), down, sizes, tiling=(rows, size, width))
@@ -182,6 +191,7 @@ def megablox_ffn(shape: Shape) -> Program:
         bytes=2.0 * active * size * width * item + active * rows * (width * (item + 8) + size * (item + 8)),
         trips={"gmm": (active,)},  # its grid is as long as there are groups with rows, which is known at run time
         note="two grouped products over a copy of the tokens for each active expert",
+        draw=draw,
     )
 
 
@@ -196,13 +206,19 @@ def _ragged(shape: Shape) -> Program:
         )  # fmt: skip
         return out.reshape(active, tokens, width).sum(0)
 
-    arrays = ((active * tokens, width), (experts, width, size), (experts, size, width))
+    shapes = ((active * tokens, width), (experts, width, size), (experts, size, width))
+    arrays = tuple(jax.ShapeDtypeStruct(s, dtype) for s in shapes)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+        return *normals(key, arrays), jnp.where(jnp.arange(experts) < active, tokens, 0)
+
     return Program(
         function,
-        (*(jax.ShapeDtypeStruct(s, dtype) for s in arrays), jax.ShapeDtypeStruct((experts,), jnp.int32)),
+        (*arrays, jax.ShapeDtypeStruct((experts,), jnp.int32)),
         flops=4.0 * active * tokens * size * width,
         bytes=2.0 * active * size * width * dtype.itemsize + active * tokens * (width + size) * (dtype.itemsize + 4),
         note="two ragged products over a copy of the tokens for each active expert",
+        draw=draw,
     )
 
 

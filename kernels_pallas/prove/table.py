@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kernels_pallas.prove.gpu_binary import Binary
 from kernels_pallas.prove.llo import Schedule
+from kernels_pallas.prove.measuring import Measured
 from kernels_pallas.prove.proving import Proof
 from kernels_pallas.prove.targets import GpuTarget, TpuTarget
 
@@ -11,6 +12,8 @@ TPU_COLUMNS = ("program", "chip", "shape", "kernel", "VMEM / limit", "scratch", 
                "cycles*", "static*", "HBM", "roofline*", "static/roofline*")  # fmt: skip
 GPU_COLUMNS = ("program", "chip", "shape", "kernel", "registers", "spills", "shared / limit", "stages", "warps",
                "blocks", "instructions", "HBM", "roofline*")  # fmt: skip
+
+MEASURED_COLUMNS = ("program", "shape", "time", "spread", "roofline*", "time/roofline*", "error", "unequal")
 
 LOOP_COLUMNS = ("program", "chip", "kernel", "loop", "bundles", "trips*", "cycles*", "spills / fills", "busy slots")
 
@@ -23,6 +26,12 @@ GPU_NOTE = (
     "* estimate: the longer of FLOPs over the bf16 peak and bytes over the bandwidth, both counted by the kernel's"
     " author.\n  Blocks: as many as fit on a multiprocessor at once. Instructions: in the text of the binary, not"
     " executed ones."
+)
+
+MEASURED_NOTE = (
+    "Time: median over calls of the mean turn, with the same arguments in all turns. Error: largest difference from the"
+    " equation in float32\n  over its largest number; unequal: share of whole numbers that differ from it.\n"
+    "* estimate: as when compiling, see the authors' counts."
 )
 
 
@@ -156,6 +165,29 @@ def render(proofs: Sequence[Proof], *, markdown: bool = False, loops: bool = Fal
     for proof in proofs:
         if not proof.accepted:
             parts.append(f"REFUSED {proof.job.name} on {proof.job.target}, {_shape(proof)}:\n{_shorten(proof.message)}")
+    return "\n\n".join(parts)
+
+
+def render_measured(results: Sequence[Measured], *, markdown: bool = False) -> str:
+    """The table of what ran, and what failed in the words of the compiler or the runtime."""
+    rows = []
+    for result in results:
+        if not result.seconds:
+            continue
+        shape = " ".join(f"{name}={value}" for name, value in result.job.shape.items())
+        low, high = min(result.seconds), max(result.seconds)
+        rows.append([
+            result.job.name, shape, duration(result.median), f"{duration(low)} to {duration(high)}",
+            duration(result.roofline) if result.roofline else "",
+            f"{result.median / result.roofline:.2f}" if result.roofline else "",
+            "" if result.error is None else f"{result.error:.1e}",
+            "" if result.unequal is None else f"{result.unequal:.2%}",
+        ])  # fmt: skip
+    parts = [_align(MEASURED_COLUMNS, rows, markdown) + "\n\n" + MEASURED_NOTE] if rows else []
+    for result in results:
+        if not result.seconds:
+            shape = " ".join(f"{name}={value}" for name, value in result.job.shape.items())
+            parts.append(f"FAILED {result.job.name}, {shape}:\n{_shorten(result.message)}")
     return "\n\n".join(parts)
 
 
