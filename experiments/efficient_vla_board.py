@@ -53,6 +53,21 @@ def path(goal: jax.Array, window: int) -> jax.Array:
     return goal[:, None] * (jnp.arange(1, window + 1) / window)[:, None]
 
 
+def units(window: int) -> np.ndarray:
+    """What the policy takes as 1, [W, 1]: the deviation of each way-point.
+
+    Without it a head that removes noise of unit variance would learn the first way-points, which hardly differ, at the
+    cost of the last one, which must be right.
+    """
+    middles = np.arange(SIDE) * (2 / SIDE) - 1 + HALF
+    return (middles.std() * np.arange(1, window + 1) / window).astype(np.float32)[:, None]
+
+
+def end_points(actions: jax.Array) -> jax.Array:
+    """Where actions [B, W, 2] of the policy lead to, [B, 2]."""
+    return actions[:, -1] * units(actions.shape[1])[-1]
+
+
 def train_encoder(key: jax.Array, digits: jax.Array, labels: jax.Array, *, steps: int = 300) -> tuple[Any, float]:
     """A network of single tiles, trained to tell the ten digits and noise apart; returns it and its accuracy."""
     first, second, third = jax.random.split(key, 3)
@@ -125,13 +140,14 @@ def trainer(config: VLAConfig, batch: int, draws: int, rate: float, total: int, 
         target = jnp.round(tile[:, 1] * SIDE + tile[:, 0]).astype(jnp.int32)
         extra = optax.softmax_cross_entropy_with_integer_labels(cognition @ trained["tile"], target).mean()
         many = jnp.repeat(cognition, draws, 0)
-        x0 = jnp.repeat(path(boards.goal, config.head.window), draws, 0)
+        window = config.head.window
+        x0 = jnp.repeat(path(boards.goal, window) / units(window), draws, 0)
         head = trained["vla"]["head"]
 
         def eps(x: jax.Array, i: jax.Array, cond: jax.Array) -> jax.Array:
             return head_full(head, x, schedule.timestep(i), cond, config=config.head)[0]
 
-        return epsilon_loss(eps, schedule, key, x0, many, null=head["null"]) + 0.1 * extra
+        return epsilon_loss(eps, schedule, key, x0, many, null=head["null"]) + extra
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         vla = init_vla(key, config)

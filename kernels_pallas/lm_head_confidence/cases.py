@@ -43,7 +43,9 @@ def _logits(shape: Shape) -> Program:
     dtype = jnp.dtype(shape["dtype"])
 
     def function(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("rd,vd->rv", hidden, weight, preferred_element_type=jnp.float32)
+        # In float32 as in the kernel: GPUs would round operands to 10 bits by default.
+        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        logits = jnp.einsum("rd,vd->rv", hidden, weight, precision=precision, preferred_element_type=jnp.float32)
         token = jnp.argmax(logits.at[:, size - 1].set(-jnp.inf), -1)
         return token, jnp.take_along_axis(jax.nn.softmax(logits), token[:, None], -1)[:, 0]
 
