@@ -71,13 +71,13 @@ class EfficientVLAExperiment(Config):
     """Boards, of training digits, that rank layers."""
     drops: tuple[int, ...] = (1, 2)
     """Layers to leave out."""
-    tokens: tuple[int, ...] = (16, 10, 6)
+    tokens: tuple[int, ...] = (20, 16, 10)
     """Visual tokens to keep, of 25."""
-    intervals: tuple[int, ...] = (2, 5, 10)
+    intervals: tuple[int, ...] = (2, 4, 5, 10)
     """Denoising steps from one full step to the next."""
     mlp_keep: float = 0.75
     """Share of the MLPs' channels that stays where they are sliced."""
-    together: tuple[int, int, int] = (1, 10, 5)
+    together: tuple[int, int, int] = (1, 16, 4)
     """Layers out, tokens kept and interval of the arm with all cuts."""
     repeats: int = 15
     """Turns of timing."""

@@ -16,6 +16,7 @@ def resolve_implementation(
     available: Mapping[str, Collection[str]],
     platform: str | None = None,
     refusals: Mapping[str, str | None] = MappingProxyType({}),
+    slower: Collection[str] = (),
 ) -> str:
     """Choose the implementation of an op.
 
@@ -29,6 +30,8 @@ def resolve_implementation(
             compiled for another machine than this one.
         refusals: for implementations that exist but cannot take this very call, the reason why ("mask is given, ..."),
             or ``None`` where there is none. ``implementation=None`` passes over them; naming one raises the reason.
+        slower: kernels that were measured and lost against XLA for such a call: ``None`` passes over them as well, and
+            naming one runs it.
 
     Returns:
         The name of an implementation that runs on the platform. ``None`` never falls back silently from a kernel that
@@ -43,11 +46,15 @@ def resolve_implementation(
     ('pallas_tpu', 'xla')
     >>> resolve_implementation(None, op, platform="tpu", refusals={"pallas_tpu": "mask is given"})
     'xla'
+    >>> resolve_implementation(None, op, platform="tpu", slower=["pallas_tpu"])
+    'xla'
     """
     platform = jax.default_backend() if platform is None else platform
     if implementation is None:
         for name in (_KERNEL_OF.get(platform), "xla"):
-            if name is not None and platform in available.get(name, ()) and refusals.get(name) is None:
+            if name is None or name in slower:
+                continue
+            if platform in available.get(name, ()) and refusals.get(name) is None:
                 return name
         raise ValueError(
             f"platform is {platform!r}, and no implementation of this op runs there: it has {_list(available)}"

@@ -7,8 +7,10 @@ The bias is on the grid of the sums, so that adding it is exact; the shift round
 These are the modes of ap_fixed. Written as int8, results take a quarter of the traffic of the sums themselves.
 
 When to use it: layers between which numbers stay in 8 bits, on TPUs and GPUs; the bits are those of hardware with such
-words. When not: where the next operation needs the wide sums. On CPU it is what XLA makes of the equation, and the cast
-is one more pass. There are no gradients: training goes through casts of floats.
+words. When not: where the next operation needs the wide sums. On CPU and GPU it is what XLA makes of the equation, and
+the cast is one more pass: on an H200 the library's product of int8 took a sixth of the kernel's time, sums written in
+int32 and all, so that the GPU kernel runs only where it is named. There are no gradients: training goes through casts
+of floats.
 
 Over several devices: shard rows or columns. Sharded terms need the sums themselves, which only ``"xla"`` adds over
 devices.
@@ -32,6 +34,8 @@ __all__ = ["fixed_point_matmul"]
 AVAILABLE = {"xla": ("cpu", "gpu", "tpu"), "pallas_tpu": ("tpu",), "pallas_gpu": ("gpu",)}
 """Implementations and the platforms that they run on."""
 RUN = {"xla": xla.matmul, "pallas_tpu": tpu.matmul, "pallas_gpu": gpu.matmul}
+SLOWER = ("pallas_gpu",)
+"""Measured at one to 4096 rows: see docs/proving.md."""
 MOST_TERMS = (2**31 - 1) // 2**14
 """int32 holds a sum of so many products."""
 
@@ -92,7 +96,7 @@ def fixed_point_matmul(
     """
     _check(x, w, bias, shift, rounding, overflow, word)
     refusals = {"pallas_tpu": tpu.refusal(x, w), "pallas_gpu": gpu.refusal(x, w)}
-    name = resolve_implementation(implementation, AVAILABLE, refusals=refusals)
+    name = resolve_implementation(implementation, AVAILABLE, refusals=refusals, slower=SLOWER)
     return run(name, x, w, bias, shift, rounding, overflow, word)
 
 

@@ -1,8 +1,10 @@
 """Without Pallas: XLA's product of integers, then the epilogue, which it fuses where it can.
 
-XLA on CPU has fast loops for int8, but not for one row: that is multiplied as two, four times as fast.
+XLA on CPU has fast loops for int8, but not for one row: that is multiplied as two, four times as fast. On GPUs one row
+is no product of the library's but a loop of XLA's own: multiplied as eight, three to seven times as fast (H200).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,8 +19,9 @@ def int_dot(x: Array, w: Array) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _on_cpu(x: Array, w: Array) -> Array:
-    return int_dot(jnp.pad(x, ((0, 1), (0, 0))), w)[:1] if x.shape[0] == 1 else int_dot(x, w)
+def _no_fewer(x: Array, w: Array, rows: int) -> Array:
+    """The product of one row as that of several, of which the others are zero."""
+    return int_dot(jnp.pad(x, ((0, rows - 1), (0, 0))), w)[:1] if x.shape[0] == 1 else int_dot(x, w)
 
 
 def matmul(
@@ -27,5 +30,6 @@ def matmul(
 ) -> Array:  # fmt: skip
     """See the module of the op."""
     del interpret
-    total = jax.lax.platform_dependent(x, w, cpu=_on_cpu, default=int_dot)
+    few = {"cpu": functools.partial(_no_fewer, rows=2), "cuda": functools.partial(_no_fewer, rows=8)}
+    total = jax.lax.platform_dependent(x, w, **few, default=int_dot)
     return finish(total, bias, shift, rounding, overflow, word)

@@ -63,14 +63,14 @@ def _kernel(module: ModuleType) -> Callable[[Shape], Program]:
 
 
 def _scatter(shape: Shape) -> Program:
-    """A segment sum for each feature, as XLA compiles it: the peer."""
+    """Segment sums, as XLA compiles them: the peer."""
     nodes, bins = shape["N"], shape["B"]
     return Program(
         lambda rows, node, stats: xla.histogram(rows, node, stats, nodes, bins),
         _arrays(shape),
         flops=0,
         bytes=_bytes(shape, 1, 4.0 * shape["F"]) + 4.0 * shape["n"] * (shape["F"] - 1),
-        note="a scatter for each feature; how long its additions take is not counted",
+        note="scatters; how long their additions take is not counted",
         draw=_draw(shape),
     )
 

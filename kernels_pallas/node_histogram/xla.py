@@ -1,9 +1,12 @@
-"""The fastest formulation without Pallas: one segment sum for each feature, one feature after the other.
+"""The fastest formulations without Pallas: segment sums, of one feature after the other or of all at once.
 
 On one core a loop over features reads and adds in 1 to 3 ns for a row; `vmap` over features and one scatter over all of
-them take several times as long, a product with one-hot rows a hundred times.
+them take several times as long, a product with one-hot rows a hundred times. A GPU adds many features at once, 2 to 20
+times as fast as in turn (H200). Its additions to one cell wait for each other: where there are few nodes, rows are
+dealt out to copies of the sums.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +16,11 @@ from jaxtyping import Float, Int
 
 from kernels_pallas.arrays import accumulator
 
+NODES = 32
+"""So many nodes, or copies of fewer, keep a GPU's additions out of each other's way."""
+MOST = 2**26
+"""Rows or cells of the features that are added at once: 256 MiB for each statistic, and no index beyond int32."""
+
 
 def histogram(
     bins: Int[Array, "F n"] | Any, node: Int[Array, "n"], stats: Float[Array, "n K"], n_nodes: int, n_bins: int,
@@ -20,14 +28,53 @@ def histogram(
 ) -> Float[Array, "F N B K"]:  # fmt: skip
     """Sums of all nodes."""
     del interpret
-    stats = stats.astype(accumulator(stats.dtype))
-    start = jnp.where((node >= 0) & (node < n_nodes), node * n_bins, -1)
+    return jax.lax.platform_dependent(
+        bins,
+        node,
+        stats.astype(accumulator(stats.dtype)),
+        cuda=functools.partial(several_at_once, n_nodes=n_nodes, n_bins=n_bins),
+        default=functools.partial(_in_turn, n_nodes=n_nodes, n_bins=n_bins),
+    )
 
+
+def _cell(row: Array, node: Array, n_nodes: int, n_bins: int) -> Array:
+    """Where rows are added to, or −1, a segment that does not exist and is left out."""
+    column = row.astype(jnp.int32)
+    here = (node >= 0) & (node < n_nodes) & (column >= 0) & (column < n_bins)
+    return jnp.where(here, node * n_bins + column, -1)
+
+
+def _in_turn(bins: Array, node: Array, stats: Array, n_nodes: int, n_bins: int) -> Array:
     def one(row: Array) -> Array:
-        column = row.astype(jnp.int32)
-        here = (start >= 0) & (column >= 0) & (column < n_bins)
-        cell = jnp.where(here, start + column, -1)  # a segment that does not exist is left out
+        cell = _cell(row, node, n_nodes, n_bins)
         sums = jax.ops.segment_sum(stats, cell, num_segments=n_nodes * n_bins)
         return sums.reshape(n_nodes, n_bins, stats.shape[1])
 
     return one(bins[0])[None] if bins.shape[0] == 1 else jax.lax.map(one, bins)
+
+
+def several_at_once(bins: Array, node: Array, stats: Array, n_nodes: int, n_bins: int) -> Array:
+    """All features by as few scatters as memory and int32 allow: what runs on GPUs."""
+    features, rows = bins.shape
+    cells = max(1, NODES // n_nodes) * n_nodes * n_bins
+    together = max(1, min(features, MOST // max(rows, cells)))
+    if together == features:
+        return at_once(bins, node, stats, n_nodes, n_bins)
+    whole = features // together
+    blocks = bins[: whole * together].reshape(whole, together, rows)
+    sums = jax.lax.map(lambda block: at_once(block, node, stats, n_nodes, n_bins), blocks)
+    sums = sums.reshape(whole * together, *sums.shape[2:])
+    rest = [at_once(bins[whole * together :], node, stats, n_nodes, n_bins)] if features % together else []
+    return jnp.concatenate([sums, *rest])
+
+
+def at_once(bins: Array, node: Array, stats: Array, n_nodes: int, n_bins: int) -> Array:
+    """All features by one scatter, with copies of the sums where nodes are few."""
+    (features, rows), count = bins.shape, stats.shape[1]
+    copies = max(1, NODES // n_nodes)
+    cell = _cell(bins, node, n_nodes, n_bins)
+    slab = jnp.arange(features)[:, None] * copies + jnp.arange(rows) % copies
+    cell = jnp.where(cell < 0, -1, slab * (n_nodes * n_bins) + cell).reshape(-1)
+    each = jnp.broadcast_to(stats, (features, rows, count)).reshape(-1, count)
+    sums = jax.ops.segment_sum(each, cell, num_segments=features * copies * n_nodes * n_bins)
+    return sums.reshape(features, copies, n_nodes, n_bins, count).sum(1)

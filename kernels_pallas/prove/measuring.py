@@ -49,9 +49,12 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def find_target(device: jax.Device | None = None) -> Target | None:
-    """The target that a device is, the first of this process by default; ``None`` for one that has no peaks here."""
-    kind = (jax.devices()[0] if device is None else device).device_kind
+def find_target(kind: str) -> Target | None:
+    """The target that JAX calls ``kind`` (``device_kind``); ``None`` for a device that has no peaks here.
+
+    >>> find_target("NVIDIA H200").name
+    'h200'
+    """
     names = {(t.device if isinstance(t, GpuTarget) else t.device_kind): t for t in TARGETS.values()}
     return names.get(kind)
 
@@ -96,7 +99,7 @@ def differences(found: Any, expected: Any) -> tuple[float | None, float | None]:
         finite = np.isfinite(b)
         same = np.array_equal(finite, np.isfinite(a)) and np.array_equal(a[~finite], b[~finite], equal_nan=True)
         scale = np.abs(b[finite]).max(initial=0) or 1.0
-        errors.append(float(np.abs(a - b)[finite].max(initial=0) / scale) if same else float("inf"))
+        errors.append(float(np.abs(a[finite] - b[finite]).max(initial=0) / scale) if same else float("inf"))
     return max(errors, default=None), max(shares, default=None)
 
 
@@ -162,7 +165,7 @@ def measure(
     Returns:
         The results in the order of the jobs. One that cannot be compiled or run is a result that says so.
     """
-    target = find_target()
+    target = find_target(jax.devices()[0].device_kind)
     results = []
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         waiting = [pool.submit(_compile, job, target) for job in jobs]

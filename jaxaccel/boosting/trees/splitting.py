@@ -249,10 +249,10 @@ def best_splits(
 
 
 def _block_size(columns: int, cells: int) -> int:
-    """Columns of a step of the search: as many as stay in a cache, elsewhere than on CPU as are worth a launch.
+    """Columns of a step of the search: as many as stay in a CPU's cache, on GPUs as many as there is memory for.
 
     On CPU the step must be one of several: XLA unrolls a loop of one, and then compiles it worse.
     """
-    if jax.default_backend() != "cpu":
-        return min(columns, 8)
+    if (platform := jax.default_backend()) != "cpu":
+        return min(columns, 8 if platform == "tpu" else max(8, 2**24 // cells))
     return max(1, min(10, columns // 2, 2**19 // cells))

@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas.node_histogram import RUN, _op, node_histogram
+from kernels_pallas.dispatch import resolve_implementation
+from kernels_pallas.node_histogram import AVAILABLE, RUN, SLOWER, _op, node_histogram, xla
 from kernels_pallas.node_histogram.reference import naive
 
-NAMES = tuple(RUN)
+NAMES = (*RUN, "at_once", "several_at_once")
 
 
 def run(name, bins, node, stats, n_nodes, n_bins):
+    if name == "at_once":  # what XLA runs on GPUs
+        return xla.at_once(bins, node, stats.astype(jnp.float32), n_nodes, n_bins)
+    if name == "several_at_once":  # blocks of two features
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(xla, "MOST", 2 * max(bins.shape[1], max(1, xla.NODES // n_nodes) * n_nodes * n_bins))
+            return xla.several_at_once(bins, node, stats.astype(jnp.float32), n_nodes, n_bins)
     return _op(name, n_nodes, n_bins, name != "xla")(bins, node, stats)
 
 
@@ -85,6 +92,12 @@ def test_jit_vmap_and_rows_sharded_over_devices():
              for x, axes in ((bins, (None, "rows")), (node, ("rows",)), (stats, ("rows", None)))]  # fmt: skip
     # Eight partial sums are added in another order.
     np.testing.assert_allclose(jax.jit(call)(*split), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_gpus_take_additions_unless_the_kernel_is_named():
+    assert resolve_implementation(None, AVAILABLE, "gpu", slower=SLOWER) == "xla"
+    assert resolve_implementation("pallas_gpu", AVAILABLE, "gpu", slower=SLOWER) == "pallas_gpu"
+    assert resolve_implementation(None, AVAILABLE, "tpu", slower=SLOWER) == "pallas_tpu"
 
 
 def test_no_gradient():
