@@ -25,6 +25,7 @@ MODULES = (
     "policy",
     "fixed_point",
     "trees",
+    "gbrl",
 )
 
 

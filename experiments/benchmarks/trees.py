@@ -1,22 +1,18 @@
 """The tree builder against scikit-learn and xgboost: the same rows and settings, one core each, in turn.
 
-A process of its own is kept to one core from its start, as XLA makes as many threads as it finds cores. xgboost is no
-dependency: ``JAXACCEL_PEERS_PYTHON`` names an interpreter that has it. It times itself there.
+xgboost is no dependency: ``JAXACCEL_PEERS_PYTHON`` names an interpreter that has it. It times itself there.
 """
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from experiments import trees_models as models
-from experiments.benchmarks import BenchOptions, Measurement
+from experiments.benchmarks import BenchOptions, Measurement, one_core
 from experiments.runner import cost
 from experiments.trees_models import OURS, SKLEARN, XGBOOST, Model, Rows, Run, Settings
 
@@ -30,7 +26,6 @@ CASES: tuple[tuple[Model, int, int, Settings, str], ...] = (
     ("random forest", 17_000, 81, dataclasses.replace(FOREST, feature_fraction=1 / 3), "<= 0.667"),
 )
 TEST_ROWS = 5_000
-ROOT = pathlib.Path(__file__).parents[2]
 MOST_REPEATS = 7
 """Fits take seconds."""
 
@@ -46,19 +41,7 @@ def friedman(rows: int, columns: int, seed: int = 0) -> Rows:
 
 def measure(options: BenchOptions) -> Iterator[Measurement]:
     """Every case: ours over the fastest of the others."""
-    yield from _in_a_process(options) if models.can_pin() else here(options)
-
-
-def _in_a_process(options: BenchOptions) -> Iterator[Measurement]:
-    command = [sys.executable, "-m", __name__, str(options.repeats)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = json.loads(line)
-        interval = found.pop("interval")
-        yield Measurement(interval=interval and tuple(interval), **found)
-    if process.wait():
-        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+    yield from one_core.on_one_core(__name__, here, options)
 
 
 def here(options: BenchOptions) -> Iterator[Measurement]:
@@ -99,6 +82,4 @@ def _case(
 
 
 if __name__ == "__main__":
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    for measurement in here(BenchOptions(repeats=int(sys.argv[1]))):
-        print(json.dumps(dataclasses.asdict(measurement)), flush=True)
+    one_core.main(here, sys.argv[1])

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
+import sys
 import types
 
 import gguf
@@ -22,8 +24,10 @@ from experiments.benchmarks import (
     discovery,
     expert_ffn,
     fixed_point,
+    gbrl,
     generation,
     lm_head_confidence,
+    one_core,
     optimizers,
     policy,
     runner,
@@ -56,7 +60,19 @@ def small(monkeypatch, task):
     tiny_trees = tuple((model, 60, 5, few_trees, "<= 1") for model in ("boosting", "random forest"))
     monkeypatch.setattr(trees, "CASES", tiny_trees)
     monkeypatch.setattr(trees, "TEST_ROWS", 20)
-    monkeypatch.setattr(trees, "_in_a_process", trees.here)
+    monkeypatch.setattr(one_core, "can_pin", lambda: False)
+    for name, value in {
+        "UPDATES": ((16, 3, 2),),
+        "PREDICTIONS": (2,),
+        "TREES": 3,
+        "TOGETHER": 2,
+        "ROLLOUTS": 1,
+    }.items():
+        monkeypatch.setattr(gbrl, name, value)
+    pole = gbrl.TASKS["cartpole"]
+    few_steps = dataclasses.replace(pole.agent, envs=2, steps=4, batch_size=4, epochs=1)
+    monkeypatch.setattr(gbrl, "TASKS", {"cartpole": dataclasses.replace(pole, agent=few_steps)})
+    monkeypatch.delenv("JAXACCEL_PEERS_PYTHON", raising=False)
     for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():
         monkeypatch.setattr(diffusion_cache, name, value)
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
@@ -179,3 +195,52 @@ def test_weights_rewritten_in_another_kind_are_the_same_model(tmp_path):
         assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
         assert fields["tokenizer.chat_template"].contents() == "{{ x }}"
     assert list(models(tmp_path / "no.safetensors", tmp_path, 8)) == []
+
+
+PACKAGE = """
+import json, sys
+if "broken" in sys.argv[0]:
+    sys.exit("No module named gbrl")
+for line in sys.stdin:
+    job = json.loads(line)
+    print("a line of the package's own")
+    answers = {"version": {"version": "1.2"}, "solved": {"return": 21}}
+    print("answer " + json.dumps(answers.get(job["job"], {"seconds": 0.25})), flush=True)
+"""
+
+
+def test_the_package_is_asked_in_a_process_of_its_own(monkeypatch, tmp_path):
+    """What it answers is the numerator, and its goals stand beside it."""
+    script = tmp_path / "package.py"
+    script.write_text(PACKAGE)
+    monkeypatch.setattr(gbrl.gbrl_peer, "__file__", str(script))
+    monkeypatch.setenv("JAXACCEL_PEERS_PYTHON", sys.executable)
+    update, prediction, play = gbrl.here(BenchOptions(repeats=3))
+    assert (update.goal, prediction.goal, play.goal) == (">= 30", ">= 2", "")
+    for found in (update, prediction, play):
+        assert "gbrl / ours" in found.name
+        assert "gbrl 250 ms" in found.detail
+        mine = float(re.search(r"ours ([\d.e+-]+) ms", found.detail)[1])
+        assert found.ratio == pytest.approx(250 / mine, rel=0.01)
+    assert "and 21" in play.detail
+
+
+def test_an_interpreter_without_the_package_is_named(monkeypatch, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(PACKAGE)
+    monkeypatch.setattr(gbrl.gbrl_peer, "__file__", str(script))
+    monkeypatch.setenv("JAXACCEL_PEERS_PYTHON", sys.executable)
+    with pytest.raises(RuntimeError, match=r"broken.py failed: No module named gbrl"):
+        gbrl.find_peer()
+
+
+def test_a_process_of_one_core_gives_its_measurements(monkeypatch, tmp_path):
+    """Lines of JSON become measurements; a process that fails is an error."""
+    monkeypatch.setattr(one_core, "can_pin", lambda: True)
+    monkeypatch.setattr(one_core, "ROOT", tmp_path)
+    line = json.dumps({"name": "a / b", "ratio": 2.0, "interval": [1.0, 3.0], "goal": "", "detail": ""})
+    (tmp_path / "timed.py").write_text(f"import sys\nprint({line!r})\nassert sys.argv[1] == '5'")
+    found = list(one_core.on_one_core("timed", lambda options: iter(()), BenchOptions(repeats=5)))
+    assert found == [Measurement("a / b", 2.0, (1.0, 3.0), "", "")]
+    with pytest.raises(RuntimeError, match="timed 6 failed with exit code 1"):
+        list(one_core.on_one_core("timed", lambda options: iter(()), BenchOptions(repeats=6)))
