@@ -52,7 +52,11 @@ class Peer:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
-        self.version = self.ask(job="version")["version"]
+        try:
+            self.version = self.ask(job="version")["version"]
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, **job: Any) -> dict[str, Any]:
         """The answer to a question.

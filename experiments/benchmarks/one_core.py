@@ -31,13 +31,17 @@ def on_one_core(module: str, here: Measure, options: BenchOptions) -> Iterator[M
         yield from here(options)
         return
     command = [sys.executable, "-m", module, str(options.repeats)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = json.loads(line)
-        interval = found.pop("interval")
-        yield Measurement(interval=interval and tuple(interval), **found)
-    if process.wait():
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                found = json.loads(line)
+                interval = found.pop("interval")
+                yield Measurement(interval=interval and tuple(interval), **found)
+        except BaseException:  # whoever asked has gone
+            process.kill()
+            raise
+    if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
 
 
