@@ -25,6 +25,14 @@ from jaxaccel.models.dit import (
     stack_blocks,
 )
 from jaxaccel.models.dit_config import DiTConfig
+from jaxaccel.models.dit_serving import (
+    DiTRequests,
+    dit_admit,
+    dit_forward_rows,
+    dit_requests,
+    dit_serve_step,
+    rows_needed,
+)
 from jaxaccel.models.dit_weights import dit_from_safetensors, dit_params_from_names, load_dit
 from jaxaccel.models.drafts import DraftDecoder, Drafts, Lookup
 from jaxaccel.models.generation import Generation, generate, prepare
@@ -49,6 +57,7 @@ __all__ = [
     "DecoderConfig",
     "DiT",
     "DiTConfig",
+    "DiTRequests",
     "DraftDecoder",
     "Drafts",
     "Forward",
@@ -68,12 +77,16 @@ __all__ = [
     "cut_vla",
     "decoder_forward",
     "decoder_logits",
+    "dit_admit",
     "dit_apply",
     "dit_denoiser",
     "dit_forward",
+    "dit_forward_rows",
     "dit_from_safetensors",
     "dit_modulation",
     "dit_params_from_names",
+    "dit_requests",
+    "dit_serve_step",
     "empty_cache",
     "expert_union",
     "fuse",
@@ -93,6 +106,7 @@ __all__ = [
     "prefill",
     "prepare",
     "rewind",
+    "rows_needed",
     "stack_blocks",
     "stack_layers",
     "unstack_layers",

@@ -82,12 +82,13 @@ def stack_blocks(params: Params) -> Params:
     return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
-def _is_stacked(params: Params) -> bool:
+def is_stacked(params: Params) -> bool:
+    """Whether blocks are arrays [depth, ...], see `stack_blocks`."""
     return hasattr(params["blocks"], "keys") and "qkv" in params["blocks"]
 
 
 def _block(params: Params, index: int) -> Any:
-    if _is_stacked(params):
+    if is_stacked(params):
         return jax.tree.map(lambda leaf: leaf[index], params["blocks"])
     return params["blocks"][index]
 
@@ -143,7 +144,7 @@ def dit_modulation(params: Params, t: Num[Array, "..."], labels: Int[Array, "...
     def parts(matrix: Any, bias: Any) -> Array:
         return linear(active, matrix, bias).reshape(*lead, -1, width)
 
-    if _is_stacked(params):
+    if is_stacked(params):
         blocks = params["blocks"]
         each = jax.vmap(parts)(blocks["modulation"], blocks["modulation_bias"])
         stacked = jnp.moveaxis(each, 0, -3)
@@ -314,7 +315,7 @@ def dit_forward(
     side = config.image_size // config.patch
     stream = stream + jnp.asarray(grid_positions(side, config.width), dtype)
     blocks = modulation.blocks.astype(dtype)
-    run = _scan_blocks if _is_stacked(params) and static is None else _unrolled_blocks
+    run = _scan_blocks if is_stacked(params) and static is None else _unrolled_blocks
     stream, outputs = run(params, stream, blocks, cache, weights, compute, config)
     last = linear(_modulated(stream, modulation.final.astype(dtype), 0), params["final"], params["final_bias"])
     return from_patches(last, side, config.patch).astype(x.dtype), outputs
