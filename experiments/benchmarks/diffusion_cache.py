@@ -21,11 +21,22 @@ from jaxaccel.caching import (
     schedule_from_array,
     uniform_schedule,
 )
-from jaxaccel.models import DiTConfig, init_dit, stack_blocks
+from jaxaccel.diffusion import linear_betas, noise_schedule, respace, uniform_timesteps
+from jaxaccel.models import (
+    DiTConfig,
+    dit_admit,
+    dit_requests,
+    dit_serve_step,
+    init_dit,
+    rows_needed,
+    stack_blocks,
+)
 
 STEPS = 10
 BATCH = 8
 """Samples, each with and without its label."""
+SLOTS = 8
+"""Requests that are served together, each with and without its label."""
 EPOCHS = 20
 """Of the table's training: enough that branches differ."""
 SHARES = (0.5, 0.65)
@@ -73,6 +84,36 @@ def at_share(logits: np.ndarray, share: float) -> ReuseSchedule:
     return schedule_from_array(flags)
 
 
+def _serving(subject: Problem, options: BenchOptions) -> Measurement:
+    """Samples at two different steps of every-second-step reuse: one half computes, the other reuses everything."""
+    config, params = subject.config, stack_blocks(subject.params)
+    levels = respace(noise_schedule(linear_betas()), uniform_timesteps(1000, STEPS))
+    noise, labels = subject.draw(jax.random.key(5), SLOTS)
+    requests = dit_requests(config, SLOTS, is_guided=True)
+    requests = dit_admit(requests, np.arange(SLOTS), noise[:SLOTS], labels[:SLOTS], num_steps=STEPS)
+    requests = requests._replace(step=requests.step - jnp.arange(SLOTS) % 2)
+    step = jax.jit(
+        functools.partial(dit_serve_step, config=config, schedule=levels, scale=subject.scale), static_argnames="limit"
+    )  # fmt: skip
+    flags = [np.asarray(uniform_schedule(STEPS, config.num_branches, interval=interval)) for interval in (1, 2)]
+    needed = [rows_needed(table, requests.step, is_guided=True) for table in flags]
+    calls = {
+        name: functools.partial(step, params, requests, table, limit=limit)
+        for name, table, limit in zip(("whole", "rows"), flags, needed, strict=True)
+    }
+    timings = cost.time_in_turn(calls, repeats=options.repeats)
+    ratio, interval = cost.ratio(timings, "whole", "rows")
+    ideal = needed[0] / needed[1]
+    return Measurement(
+        f"a step of {SLOTS} samples at steps of their own, everything computed / {needed[1]} of {needed[0]} rows, as a "
+        f"share of {ideal:.2f}",
+        ratio / ideal,
+        None if interval is None else (interval[0] / ideal, interval[1] / ideal),
+        "",
+        f"{1e3 * timings['whole'].median:.1f} / {1e3 * timings['rows'].median:.1f} ms; {ratio:.2f} times faster",
+    )
+
+
 def training_step(subject: Problem) -> Callable[[], Any]:
     """A step of training the network, as a call."""
     images = jax.random.normal(jax.random.key(2), (256, 16, 16, 1))
@@ -118,6 +159,7 @@ def measure(options: BenchOptions) -> Iterator[Measurement]:
                 f"{1e3 * timings['whole'].median:.1f} / {1e3 * timings[f'{how} {share}'].median:.1f} ms; "
                 f"{ratio:.2f} times faster; {len(set(schedule.rows))} distinct rows",
             )
+    yield _serving(subject, options)
     costs = cost.time_in_turn({"epoch": table.epoch, "step": training_step(subject)}, repeats=options.repeats)
     ratio, interval = cost.ratio(costs, "epoch", "step")
     factor = QUICK["epochs"] / QUICK["steps"]

@@ -73,7 +73,7 @@ def small(monkeypatch, task):
     few_steps = dataclasses.replace(pole.agent, envs=2, steps=4, batch_size=4, epochs=1)
     monkeypatch.setattr(gbrl, "TASKS", {"cartpole": dataclasses.replace(pole, agent=few_steps)})
     monkeypatch.delenv("JAXACCEL_PEERS_PYTHON", raising=False)
-    for name, value in {"STEPS": 3, "BATCH": 1, "EPOCHS": 1, "SHARES": (0.5,)}.items():
+    for name, value in {"STEPS": 3, "BATCH": 1, "SLOTS": 2, "EPOCHS": 1, "SHARES": (0.5,)}.items():
         monkeypatch.setattr(diffusion_cache, name, value)
     monkeypatch.setattr(generation, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(generation, "transformers_model", lambda params, config: None)
