@@ -75,12 +75,12 @@ class EfficientVLAExperiment(Config):
     """Visual tokens to keep, of 25."""
     intervals: tuple[int, ...] = (2, 4, 5, 10)
     """Denoising steps from one full step to the next."""
-    mlp_keep: float = 0.75
+    mlp_keep: float = 0.5
     """Share of the MLPs' channels that stays where they are sliced."""
     together: tuple[int, int, int] = (1, 16, 4)
     """Layers out, tokens kept and interval of the arm with all cuts."""
-    repeats: int = 15
-    """Turns of timing."""
+    repeats: int = 45
+    """Turns of timing: steps of a few milliseconds are noisy."""
     language_model: str = "smollm2-135m"
     """A real language model whose layers are left out; empty for none."""
     language_drops: tuple[int, ...] = (0, 1, 2, 4, 8)
@@ -124,6 +124,8 @@ def arms(config: EfficientVLAExperiment) -> dict[str, tuple[str, EfficientVLACon
     found[f"{config.mlp_keep:.0%} of MLP channels"] = ("language", make(mlp_keep_ratio=config.mlp_keep))
     found |= {f"{k} of 25 tokens": ("tokens", make(num_keep_tokens=k)) for k in config.tokens}
     found |= {f"interval {n}": ("head", make(cache_interval=n)) for n in config.intervals}
+    sliced = make(mlp_keep_ratio=config.mlp_keep, cache_interval=interval)
+    found[f"{config.mlp_keep:.0%} of MLP channels, interval {interval}"] = ("together", sliced)
     found[f"{keep} tokens, interval {interval}"] = ("together", make(num_keep_tokens=keep, cache_interval=interval))
     every = make(num_drop_layers=drop, num_keep_tokens=keep, cache_interval=interval)
     found[f"all: {drop} out, {keep} tokens, interval {interval}"] = ("together", every)

@@ -44,8 +44,8 @@ def _static_step(
 def _scanned(params: Any, x: Array, cond: Any, flags: Array, *, apply_fn: DenoiseFn, step: Any, select: bool) -> Array:
     def body(carry: tuple[Array, Cache], now: tuple[Array, Array]) -> tuple[tuple[Array, Cache], None]:
         (x, cache), (i, row) = carry, now
-        # Weights of 0 and 1 select without rounding: c·0 + f·1 = f.
-        how: dict[str, Any] = {"weights": row.astype(x.dtype)} if select else {"compute": row}
+        # Booleans as weights select; a compiler may round even c·0 + f·1 otherwise than f.
+        how: dict[str, Any] = {"weights": row} if select else {"compute": row}
         out, cache = apply_fn(params, x, i, cond, cache=cache, **how)
         return (step(x, jax.lax.optimization_barrier(out), i), cache), None
 

@@ -58,7 +58,8 @@ class DenoiseFn(Protocol):
             i: number of the step, T − 1 first; an int32 scalar that may be traced. The function knows its timesteps.
             cond: labels, prompts, or ``None``.
             cache: of branch outputs, as an earlier call returned it; ``None`` where nothing is reused.
-            weights: [NB]; output k becomes ``cache[k]·(1 − w_k) + fresh·w_k``. For training a schedule.
+            weights: [NB]; output k becomes ``cache[k]·(1 − w_k) + fresh·w_k``. For training a schedule. Booleans
+                select, to check the other ways: ``fresh`` where true.
             compute: NB flags, Python booleans or a traced array; output k is computed where ``compute[k]`` is true,
                 else ``cache[k]``. At most one of ``weights`` and ``compute`` is given; with none, all is computed.
 
@@ -331,7 +332,10 @@ def reuse_branch(
     if flag is not None:
         return jax.lax.cond(flag, lambda x, _: branch(x), lambda _, cached: cached, x, cached)
     fresh, weight = branch(x), weights[k]
-    mixed = jax.tree.map(lambda f, c: (c * (1 - weight) + f * weight).astype(f.dtype), fresh, cached)
+    if getattr(weight, "dtype", None) == np.bool_:
+        mixed = jax.tree.map(lambda f, c: jnp.where(weight, f, c), fresh, cached)
+    else:
+        mixed = jax.tree.map(lambda f, c: (c * (1 - weight) + f * weight).astype(f.dtype), fresh, cached)
     return jax.lax.optimization_barrier(mixed)
 
 

@@ -214,7 +214,9 @@ def _run_block(block: Any, x: Array, modulation: Array, choice: Sequence[Any], h
             return branch(_modulated(stream, modulation, 3 * j))
 
         old = None if cached is None else cached[j].astype(x.dtype)
-        if weights is not None:
+        if weights is not None and weights.dtype == jnp.bool_:
+            output: Any = jnp.where(weights[j], fresh(x, old), old)
+        elif weights is not None:
             share = weights[j].astype(x.dtype)
             output = old * (1 - share) + fresh(x, old) * share
         elif compute is None or (isinstance(compute[j], bool) and compute[j]):
@@ -279,7 +281,8 @@ def dit_forward(
         modulation: of a step, blocks [B, depth, 6, D], from `dit_modulation`.
         config: of the model; static.
         cache: outputs of branches at an earlier step [2·depth, B, N, D], as returned here.
-        weights: a soft choice r [2·depth]: o = cache·(1 − r) + fresh·r. Everything is computed.
+        weights: a soft choice r [2·depth]: o = cache·(1 − r) + fresh·r. Everything is computed. Booleans select without
+            rounding.
         compute: a hard choice. A tuple of 2·depth Python bools is static: branches that are reused are no part of the
             program. A JAX array of bools is data: each branch is a ``lax.cond``, one program for all choices. Under
             `jax.vmap` over the array both sides are computed, and nothing is saved.

@@ -153,3 +153,11 @@ def test_a_cache_that_does_not_fit_is_refused():
     for how in ({"compute": (False,)}, {"compute": jnp.ones(1, bool)}, {"weights": jnp.ones(1)}):
         with pytest.raises(ValueError, match=r"cache\[0\] has float32\[4, 3\], expected float32\[2, 3\]"):
             call((jnp.ones((4, 3)),), **how)
+
+
+def test_booleans_as_weights_select_without_rounding():
+    """Also what is not finite in the output that is not taken."""
+    cache = (jnp.array([1.5, jnp.inf]), jnp.array([2.5, 3.5]))
+    for k, flag in ((0, False), (1, True)):
+        found = reuse_branch(lambda x: x / 0, jnp.array([1.0, 7.0]), k, cache=cache, weights=jnp.array([False, True]))
+        np.testing.assert_array_equal(found, [jnp.inf, jnp.inf] if flag else cache[0])
