@@ -213,7 +213,7 @@ def _run_block(block: Any, x: Array, modulation: Array, choice: Sequence[Any], h
         def fresh(stream: Array, old: Any, j: int = j, branch: Callable[[Array], Array] = branch) -> Array:
             return branch(_modulated(stream, modulation, 3 * j))
 
-        old = None if cached is None else cached[j].astype(x.dtype)
+        old: Any = None if cached is None else cached[j].astype(x.dtype)
         if weights is not None and weights.dtype == jnp.bool_:
             output: Any = jnp.where(weights[j], fresh(x, old), old)
         elif weights is not None:
