@@ -19,7 +19,7 @@ def int_dot(x: Array, w: Array) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _no_fewer(x: Array, w: Array, rows: int) -> Array:
+def no_fewer(x: Array, w: Array, rows: int) -> Array:
     """The product of one row as that of several, of which the others are zero."""
     return int_dot(jnp.pad(x, ((0, rows - 1), (0, 0))), w)[:1] if x.shape[0] == 1 else int_dot(x, w)
 
@@ -30,6 +30,6 @@ def matmul(
 ) -> Array:  # fmt: skip
     """See the module of the op."""
     del interpret
-    few = {"cpu": functools.partial(_no_fewer, rows=2), "cuda": functools.partial(_no_fewer, rows=8)}
+    few = {"cpu": functools.partial(no_fewer, rows=2), "cuda": functools.partial(no_fewer, rows=8)}
     total = jax.lax.platform_dependent(x, w, **few, default=int_dot)
     return finish(total, bias, shift, rounding, overflow, word)

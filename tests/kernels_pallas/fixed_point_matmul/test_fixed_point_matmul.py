@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxaccel.compression.fixed_point import FixedPoint, requantise
-from kernels_pallas.fixed_point_matmul import RUN, fixed_point_matmul, run
+from kernels_pallas.dispatch import resolve_implementation
+from kernels_pallas.fixed_point_matmul import AVAILABLE, RUN, SLOWER, fixed_point_matmul, run, xla
 from kernels_pallas.fixed_point_matmul.epilogue import OVERFLOWS, ROUNDINGS, finish
 from kernels_pallas.fixed_point_matmul.reference import finish as naive_finish
 from kernels_pallas.fixed_point_matmul.reference import reference
@@ -126,3 +127,17 @@ def test_bad_input(change, error, message):
     arguments = {"x": jnp.ones((2, 3), jnp.int8), "w": jnp.ones((3, 4), jnp.int8), "shift": 1} | change
     with pytest.raises(error, match=message):
         fixed_point_matmul(arguments.pop("x"), arguments.pop("w"), **arguments)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_one_row_as_several_is_the_same_row(rows):
+    """What runs on CPUs and on GPUs, where a product of one row is slow."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.integers(-128, 128, shape), jnp.int8) for shape in ((1, 40), (40, 7)))
+    np.testing.assert_array_equal(xla.no_fewer(x, w, rows), np.asarray(x, np.int32) @ np.asarray(w, np.int32))
+
+
+def test_gpus_take_the_librarys_product_unless_the_kernel_is_named():
+    assert resolve_implementation(None, AVAILABLE, "gpu", slower=SLOWER) == "xla"
+    assert resolve_implementation("pallas_gpu", AVAILABLE, "gpu", slower=SLOWER) == "pallas_gpu"
+    assert resolve_implementation(None, AVAILABLE, "tpu", slower=SLOWER) == "pallas_tpu"
