@@ -6,6 +6,7 @@ sizes.
 """
 
 import importlib
+import importlib.metadata
 import json
 import sys
 import time
@@ -132,7 +133,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         torch: Any = importlib.import_module("torch")
         torch.set_num_threads(1)
         importlib.import_module("gbrl")
-        return {"version": importlib.import_module("importlib.metadata").version("gbrl")}
+        return {"version": importlib.metadata.version("gbrl")}
     if job["job"] == "solved":
         return {"return": MODELS["return"]}
     return {"seconds": {"update": update, "predict": predict, "play": play}[job["job"]](job)}

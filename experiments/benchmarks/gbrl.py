@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -50,8 +49,10 @@ class Peer:
 
     def __init__(self, command: list[str]) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+        # Its complaints come by the same pipe: one that nobody reads would fill up and stop it.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )  # fmt: skip
         try:
             self.version = self.ask(job="version")["version"]
         except BaseException:
@@ -64,10 +65,9 @@ class Peer:
         Raises:
             RuntimeError: if the process ends before it answers.
         """
-        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        stdin, stdout, said = self.process.stdin, self.process.stdout, ""
         assert stdin is not None
         assert stdout is not None
-        assert stderr is not None
         try:
             stdin.write(json.dumps(job) + "\n")
             stdin.flush()
@@ -77,7 +77,8 @@ class Peer:
             if line.startswith("answer "):
                 found: dict[str, Any] = json.loads(line.removeprefix("answer "))
                 return found
-        raise RuntimeError(f"{' '.join(self.process.args)} failed: {stderr.read().strip()[-1000:]}")  # type: ignore[arg-type]
+            said = (said + line)[-1000:]
+        raise RuntimeError(f"the interpreter of JAXACCEL_PEERS_PYTHON failed: {said.strip()}")
 
     def close(self) -> None:
         """End the process."""
@@ -93,7 +94,7 @@ def find_peer() -> Peer | None:
     """
     python = os.environ.get("JAXACCEL_PEERS_PYTHON", "")
     # -P: the script's folder has files that are named as packages are.
-    return Peer([python, "-P", str(pathlib.Path(gbrl_peer.__file__))]) if python else None
+    return Peer([python, "-P", gbrl_peer.__file__]) if python else None
 
 
 def measure(options: BenchOptions) -> Iterator[Measurement]:

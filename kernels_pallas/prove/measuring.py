@@ -170,12 +170,11 @@ def measure(
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         waiting = [pool.submit(_compile, job, target) for job in jobs]
         concurrent.futures.wait(waiting)  # nothing else runs while programs are timed
-    for index, job in enumerate(jobs):
+    for job in jobs:
         try:
-            result = _run(job, waiting[index].result(), repeats, seed)
+            result = _run(job, waiting.pop(0).result(), repeats, seed)  # programs are let go one by one
         except Exception as error:  # one that fails must not take the others with it
             result = Measured(job, message=f"{type(error).__name__}: {error}")
-        waiting[index] = concurrent.futures.Future()  # programs and their results are let go
         results.append(result)
         on_done(result)
     return results

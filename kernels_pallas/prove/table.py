@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kernels_pallas.prove.gpu_binary import Binary
 from kernels_pallas.prove.llo import Schedule
 from kernels_pallas.prove.measuring import Measured
-from kernels_pallas.prove.proving import Proof
+from kernels_pallas.prove.proving import Job, Proof
 from kernels_pallas.prove.targets import GpuTarget, TpuTarget
 
 TPU_COLUMNS = ("program", "chip", "shape", "kernel", "VMEM / limit", "scratch", "spills", "hottest loop", "unit",
@@ -59,14 +59,14 @@ def duration(seconds: int | float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def _shape(proof: Proof) -> str:
-    return " ".join(f"{name}={value}" for name, value in proof.job.shape.items())
+def _shape(job: Job) -> str:
+    return " ".join(f"{name}={value}" for name, value in job.shape.items())
 
 
 def _without_kernel(proof: Proof, columns: Sequence[str]) -> list[str]:
     """The row of a program that XLA compiles alone: what is known is what it keeps in memory outside the chip."""
     kernel = f"(XLA, {size(proof.temp_bytes)} of temporaries)"
-    return [proof.job.name, proof.job.target, _shape(proof), kernel, *[""] * (len(columns) - 4)]
+    return [proof.job.name, proof.job.target, _shape(proof.job), kernel, *[""] * (len(columns) - 4)]
 
 
 def _tpu_rows(proof: Proof, chip: TpuTarget) -> list[list[str]]:
@@ -78,7 +78,7 @@ def _tpu_rows(proof: Proof, chip: TpuTarget) -> list[list[str]]:
         cycles = kernel.cycles
         rows.append(
             [
-                proof.job.name, proof.job.target, _shape(proof), kernel.kernel,
+                proof.job.name, proof.job.target, _shape(proof.job), kernel.kernel,
                 f"{size(kernel.vmem)} / {size(kernel.limit or chip.scoped_vmem)}", size(kernel.scratch),
                 str(kernel.spills), f"{hot.bundles} bundles"
                 + (f" x {hot.trips:.4g}" if hot.trips is not None else " x ?"),
@@ -102,7 +102,7 @@ def _gpu_rows(proof: Proof, chip: GpuTarget) -> list[list[str]]:
         counts = ", ".join(f"{name} {n}" for name, n in kernel.instructions.items())
         rows.append(
             [
-                proof.job.name, proof.job.target, _shape(proof), kernel.kernel, f"{kernel.registers}",
+                proof.job.name, proof.job.target, _shape(proof.job), kernel.kernel, f"{kernel.registers}",
                 f"{kernel.spills} B / {kernel.fills} B" if kernel.spills or kernel.fills else "0",
                 f"{size(kernel.shared_memory)} / {size(chip.shared_memory_block)}", str(kernel.stages),
                 str(kernel.warps), str(kernel.blocks_per_core(chip.shared_memory, chip.threads)), counts, "", "",
@@ -164,7 +164,9 @@ def render(proofs: Sequence[Proof], *, markdown: bool = False, loops: bool = Fal
         parts.append("\n".join(notes))
     for proof in proofs:
         if not proof.accepted:
-            parts.append(f"REFUSED {proof.job.name} on {proof.job.target}, {_shape(proof)}:\n{_shorten(proof.message)}")
+            parts.append(
+                f"REFUSED {proof.job.name} on {proof.job.target}, {_shape(proof.job)}:\n{_shorten(proof.message)}"
+            )
     return "\n\n".join(parts)
 
 
@@ -174,10 +176,9 @@ def render_measured(results: Sequence[Measured], *, markdown: bool = False) -> s
     for result in results:
         if not result.seconds:
             continue
-        shape = " ".join(f"{name}={value}" for name, value in result.job.shape.items())
         low, high = min(result.seconds), max(result.seconds)
         rows.append([
-            result.job.name, shape, duration(result.median), f"{duration(low)} to {duration(high)}",
+            result.job.name, _shape(result.job), duration(result.median), f"{duration(low)} to {duration(high)}",
             duration(result.roofline) if result.roofline else "",
             f"{result.median / result.roofline:.2f}" if result.roofline else "",
             "" if result.error is None else f"{result.error:.1e}",
@@ -186,8 +187,7 @@ def render_measured(results: Sequence[Measured], *, markdown: bool = False) -> s
     parts = [_align(MEASURED_COLUMNS, rows, markdown) + "\n\n" + MEASURED_NOTE] if rows else []
     for result in results:
         if not result.seconds:
-            shape = " ".join(f"{name}={value}" for name, value in result.job.shape.items())
-            parts.append(f"FAILED {result.job.name}, {shape}:\n{_shorten(result.message)}")
+            parts.append(f"FAILED {result.job.name}, {_shape(result.job)}:\n{_shorten(result.message)}")
     return "\n\n".join(parts)
 
 

@@ -230,7 +230,7 @@ def test_an_interpreter_without_the_package_is_named(monkeypatch, tmp_path):
     script.write_text(PACKAGE)
     monkeypatch.setattr(gbrl.gbrl_peer, "__file__", str(script))
     monkeypatch.setenv("JAXACCEL_PEERS_PYTHON", sys.executable)
-    with pytest.raises(RuntimeError, match=r"broken.py failed: No module named gbrl"):
+    with pytest.raises(RuntimeError, match=r"JAXACCEL_PEERS_PYTHON failed: No module named gbrl"):
         gbrl.find_peer()
 
 
